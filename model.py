@@ -51,7 +51,7 @@ class Embedding(nn.Module):
     When tied, the table is also the head's weight and is updated with the settings of optim.lm_head.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         m, n = s.model, s.numerics
         tied = m.head.untied is None
@@ -110,7 +110,7 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with its norm; either may be dropped in a layer (records 17 and 30)."""
 
-    def __init__(self, s: Settings, spec: LayerSpec, rotary: Rotary | None):
+    def __init__(self, s: Settings, spec: LayerSpec, rotary: Rotary | None) -> None:
         super().__init__()
         self.attn = self.mlp = None
         if spec.attn is not None:
@@ -132,7 +132,7 @@ class GPT(nn.Module):
     generator keyed by (seed, name), so switching a feature changes no other weight ("paired by seed").
     """
 
-    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...] | None = None):
+    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...] | None = None) -> None:
         """specs: the specification of each layer; None: derived from the settings."""
         super().__init__()
         self.settings = s

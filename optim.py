@@ -8,14 +8,19 @@ graphs can replay it.
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from common.errors import UserError
+from schedule import StepPlan
+from settings import Settings
 from settings.data import LOGICAL_RANKS, per_stage
+from settings.optim import Hyper
 from updates import noise
 from updates.adam import AdamW, RowAdam
-from updates.head import EigenAdam, KfacAdam
+from updates.head import EigenAdam, HeadRule, KfacAdam
 from updates.master import MasterAdamW
 from updates.muon import Muon
 from updates.rows import Rows, total
@@ -23,6 +28,9 @@ from updates.rows import Rows, total
 # name -> function (settings, group) -> rule
 RULES = {"adamw": AdamW.of, "row_adam": RowAdam.of, "master_adamw": MasterAdamW.of,
          "eigen_adam": EigenAdam.of, "kfac_adam": KfacAdam.of, "muon": Muon.of}
+Rule = AdamW | HeadRule | Muon
+Gradient = torch.Tensor | Rows
+Member = tuple[str, torch.nn.Parameter]
 
 
 # ----- communication of one process -------------------------------------------------------------------------
@@ -45,24 +53,24 @@ class Local:
     def __init__(self):
         self.work = []
 
-    def shard(self, x):
+    def shard(self, x: torch.Tensor) -> torch.Tensor:
         """The part of a bank-shaped tensor that this process updates, as a view."""
         return x
 
-    def reduce(self, grad):
+    def reduce(self, grad: Gradient) -> None:
         """Start the reduction of a gradient over the processes."""
 
-    def wait(self, grad):
+    def wait(self, grad: Gradient | None) -> tuple[Gradient, Gradient]:
         """Wait for the reduction. Returns two gradients summed over processes.
 
         The first is that of this process's shard, the second the one whose squares enter the global norm.
         """
         return grad, grad
 
-    def gather(self, param):
+    def gather(self, param: torch.Tensor) -> "torch.distributed.Work | None":
         """Start the all-gather of the updated shards. Returns its work handle, or None."""
 
-    def whole(self, x, units):
+    def whole(self, x: torch.Tensor, units: int) -> torch.Tensor:
         """The whole tensor (units, ...), from this process's shard x; may be x itself. May be collective."""
         return x
 
@@ -75,13 +83,13 @@ class Alone:
     name = "replicated"
     gathers_last = False
 
-    def of(self, shared: bool, experts: bool, small: bool = False):
+    def of(self, shared: bool, experts: bool, small: bool = False) -> Local:
         return Local()
 
-    def of_rows(self, by_rows: bool):
+    def of_rows(self, by_rows: bool) -> Local:
         return Local()
 
-    def total(self, x):
+    def total(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
@@ -93,7 +101,7 @@ class Tree:
     def __init__(self):
         self.levels = []
 
-    def push(self, x):
+    def push(self, x: Gradient) -> None:
         for i, level in enumerate(self.levels):
             if level is None:
                 self.levels[i] = x
@@ -101,7 +109,7 @@ class Tree:
             x, self.levels[i] = level + x, None
         self.levels.append(x)
 
-    def total(self):
+    def total(self) -> Gradient:
         return self.levels[-1]  # complete: a power of two of leaves was pushed
 
 
@@ -121,10 +129,10 @@ class RowSum:
     most: slots from which the list is summed, because the sum is smaller.
     """
 
-    def __init__(self, ordered, most):
+    def __init__(self, ordered: bool, most: int) -> None:
         self.tree, self.parts, self.most = Tree() if ordered else None, [], most
 
-    def push(self, rows):
+    def push(self, rows: Rows) -> None:
         if self.tree is not None:
             self.tree.push(rows)
             return
@@ -132,7 +140,7 @@ class RowSum:
         if sum(len(part.ids) for part in self.parts) > self.most:
             self.parts = [total(self.parts)]
 
-    def total(self):
+    def total(self) -> Rows | None:
         """The sum, or None of nothing."""
         if self.tree is not None:
             return self.tree.total() if self.tree.levels else None
@@ -152,7 +160,10 @@ class Bank:
 
     has_rows = by_rows = False  # whether the gradient is Rows, and whether the rule gets it like this
 
-    def __init__(self, rule, group, members, unit, comm, ordered, tokens_per_expert=()):
+    def __init__(
+        self, rule: Rule, group: str, members: list[Member], unit: tuple[int, ...], comm: Local,
+        ordered: bool, tokens_per_expert: Sequence[torch.Tensor] = ()
+    ) -> None:
         self.rule, self.group, self.members, self.unit = rule, group, members, unit
         self.comm, self.ordered, self.tokens_per_expert = comm, ordered, tokens_per_expert
         first = members[0][1]
@@ -177,11 +188,11 @@ class Bank:
         self.clear()
 
     @property
-    def eager(self):
+    def eager(self) -> bool:
         """Whether the update is neither compiled nor captured in a CUDA graph."""
         return self.rule.eager
 
-    def bind(self):
+    def bind(self) -> None:
         """Make the parameters and their gradients views of the bank."""
         self.grad = torch.zeros_like(self.param)
         start = 0
@@ -194,16 +205,16 @@ class Bank:
             p.grad = self.grad.view(-1)[start:stop].view(p.shape)
             start = stop
 
-    def clear(self):
+    def clear(self) -> None:
         """Forget the gradients."""
         self.grad.zero_()
         self.forget()
 
-    def forget(self):
+    def forget(self) -> None:
         """Forget what was summed, and the reduction."""
         self.summed, self.tree, self.comm.work = False, Tree(), []
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything but the parameters."""
         for tensor in self.state.values():
             tensor.zero_()
@@ -211,7 +222,7 @@ class Bank:
         self.updates, self.pending = 0, len(self.members)
         self.clear()
 
-    def fill_keys(self):
+    def fill_keys(self) -> None:
         """Give every matrix its key, if the rule draws random numbers (updates/noise.py).
 
         A key depends on what the initial values of its part of the parameter were drawn by and on its place
@@ -227,7 +238,7 @@ class Bank:
             part.copy_(torch.cat(own).view(part.shape))
         state.copy_(self.comm.shard(keys))
 
-    def place(self, label):
+    def place(self, label: str) -> tuple[int, int] | None:
         """(start, stop) of the first member with this label in the flattened bank, or None."""
         start = 0
         for _, p in self.members:
@@ -235,7 +246,7 @@ class Bank:
                 return start, start + p.numel()
             start += p.numel()
 
-    def accumulate(self):
+    def accumulate(self) -> None:
         """Add the gradient of a finished backward pass to the tree or the float32 sum, if the bank has one.
 
         Otherwise autograd adds the next gradient in place.
@@ -250,7 +261,7 @@ class Bank:
             self.summed = True
             self.grad.zero_()
 
-    def local_gradient(self):
+    def local_gradient(self) -> torch.Tensor:
         """This process's gradient sum; float32 if bfloat16 gradients of several forwards were summed."""
         if self.ordered:
             return self.tree.total()
@@ -258,19 +269,19 @@ class Bank:
             self.accumulate()
         return self.sum if self.summed else self.grad
 
-    def received(self, mine, seen):
+    def received(self, mine: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(gradient for the rule, gradient for the norm) from what comm.wait returns."""
         return mine, seen if self.comm.partial else seen[:self.units]
 
-    def kept_gradient(self):
+    def kept_gradient(self) -> torch.Tensor:
         """What the bank holds of its gradient, as a tensor."""
         return self.grad
 
-    def grad_bytes(self):
+    def grad_bytes(self) -> int:
         """Bytes of a gradient in the parameters' dtype, on one process."""
         return self.grad.nbytes
 
-    def mask(self):
+    def mask(self) -> torch.Tensor | None:
         """(N, 1, ...): 0 skips the update of a unit (an expert without tokens, padding). None: no mask."""
         if not self.tokens_per_expert or not self.rule.skips_idle:
             return None
@@ -279,7 +290,7 @@ class Bank:
         padded[:len(tokens)] = tokens > 0
         return self.comm.shard(padded.view(-1, *[1] * len(self.unit)))
 
-    def members_of(self, x):
+    def members_of(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, that parameter's part) of a bank-shaped tensor."""
         start = 0
         for name, p in self.members:
@@ -287,7 +298,9 @@ class Bank:
             yield name, x[start:stop]
             start = stop
 
-    def local_parts(self, grad):
+    def local_parts(
+        self, grad: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
         """[(parameter, gradient, state)] of each member: its numbers in this process's shard, flat, as views.
 
         For elementwise rules. grad: of the shard, as `update` gets it.
@@ -301,7 +314,7 @@ class Bank:
             start += p.numel()
         return found
 
-    def full_tensors(self):
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) of the parameters, and of their state as `name/key`. Collective.
 
         Tensors are whole and without padding, so they are the same on any number of processes: parameters in
@@ -315,7 +328,7 @@ class Bank:
             for name, part in self.members_of(x):
                 yield f"{name}/{key}", self.comm.whole(part, 0) if split else part
 
-    def load(self, full):
+    def load(self, full: Mapping[str, torch.Tensor]) -> None:
         """Fill parameters and state from {name: tensor}, as full_tensors gives them.
 
         KeyError for a missing name, ValueError for a tensor of another size or dtype.
@@ -340,7 +353,9 @@ class Bank:
             if not split:
                 x.copy_(self.comm.shard(whole))
 
-    def update(self, grad, numbers, update_, direction):
+    def update(
+        self, grad: torch.Tensor, numbers: dict, update_: Callable, direction: Callable | None
+    ) -> None:
         """Apply the rule in place. update_, direction: its functions, compiled or not."""
         mask = self.mask()
         extra = (self.views,) if mask is None else (self.views, mask)
@@ -351,7 +366,7 @@ class Bank:
         else:
             update_(p, grad, self.state, numbers, *extra)
 
-    def name(self):
+    def name(self) -> str:
         return f"{self.role} {self.rule.name} {self.units} x {tuple(self.unit)} {self.param.dtype}".replace(
             "torch.", ""
         )
@@ -367,7 +382,10 @@ class RowBank(Bank):
     """
     has_rows = True
 
-    def __init__(self, rule, group, members, comm, ordered, rows_per_rank, steps):
+    def __init__(
+        self, rule: Rule, group: str, members: list[Member], comm: Local, ordered: bool, rows_per_rank: int,
+        steps: int
+    ) -> None:
         """rows_per_rank: rows that a logical rank looks up in a step, at most. steps: from one update to the
         next, at most."""
         self.dense, self.rows_per_rank, self.steps = None, rows_per_rank, steps
@@ -375,23 +393,23 @@ class RowBank(Bank):
         super().__init__(rule, group, members, tuple(members[0][1].shape[-1:]), comm, ordered)
 
     @property
-    def eager(self):
+    def eager(self) -> bool:
         return self.by_rows or self.rule.eager  # the number of rows changes with the cadence
 
-    def bind(self):
+    def bind(self) -> None:
         (_, p), = self.members
         if self.param.data_ptr() != p.data_ptr() or p.is_meta:
             self.param[:len(p)].copy_(p.detach())
         p.data, p.grad, p.takes_rows = self.param[:len(p)], None, True
 
-    def clear(self):
+    def clear(self) -> None:
         p = self.members[0][1]
         p.grad, p.arrived = None, []
         # of bfloat16 rows, more than twice the table take more room than their float32 sum
         self.sums = [RowSum(self.ordered, 2 * self.units) for _ in range(self.sources)]
         self.forget()
 
-    def accumulate(self):
+    def accumulate(self) -> None:
         """Take the rows of a finished backward pass: from autograd, or from the processes that sent them."""
         p = self.members[0][1]
         if p.grad is not None:
@@ -401,13 +419,13 @@ class RowBank(Bank):
                 sum_.push(Rows(*part, self.units))
         p.grad, p.arrived = None, []
 
-    def local_gradient(self):
+    def local_gradient(self) -> Rows:
         """This process's gradient sum, as Rows; of a shared table that of its rows."""
         self.accumulate()
         parts = [rows for rows in (each.total() for each in self.sums) if rows is not None]
         return together(parts, self.ordered) if parts else Rows.none(self.members[0][1])
 
-    def received(self, mine, seen):
+    def received(self, mine: Rows, seen: Rows) -> tuple[Gradient, torch.Tensor]:
         if self.by_rows:
             return mine, mine.values
         shard = self.comm.shard(self.param)
@@ -415,27 +433,27 @@ class RowBank(Bank):
             self.dense = torch.empty_like(shard, dtype=mine.dtype)
         return (mine.dense_(self.dense),) * 2
 
-    def kept_gradient(self):
+    def kept_gradient(self) -> torch.Tensor:
         parts = [part.values for each in self.sums for part in each.parts]
         return torch.cat(parts) if parts else self.param[:0]
 
-    def row_bytes(self, rows, summed=False):
+    def row_bytes(self, rows: int, summed: bool = False) -> int:
         """Bytes of so many rows of a gradient. summed: of a sum of several, not by one forward pass."""
         dtype = torch.promote_types(self.param.dtype, torch.float32) if summed else self.param.dtype
         return rows * (self.param[0].numel() * dtype.itemsize + torch.int64.itemsize)
 
-    def grad_bytes(self):
+    def grad_bytes(self) -> int:
         rows = self.rows_per_rank * LOGICAL_RANKS // self.comm.world
         return self.row_bytes(min(rows, self.units))
 
-    def update(self, grad, numbers, update_, direction):
+    def update(self, grad: Gradient, numbers: dict, update_: Callable, direction: Callable | None) -> None:
         if self.by_rows:
             self.rule.update_touched_(self.param, grad, self.state, numbers)
         else:
             super().update(grad, numbers, update_, direction)
 
 
-def as_rows(s, p, rule):
+def as_rows(s: Settings, p: torch.nn.Parameter, rule: Rule) -> bool:
     """Whether the gradient of a parameter is kept as the rows that were looked up."""
     if not getattr(p, "row_lookups", 0):
         return False
@@ -443,8 +461,8 @@ def as_rows(s, p, rule):
     return how == "rows" or s.system.table_parallel or (how == "auto" and rule.by_rows)
 
 
-def row_bank(s, plan, group, rule, name, p):
-    """The RowBank of a table p, the parameter `name`. group: settings.optim.Hyper."""
+def row_bank(s: Settings, plan: Any, group: Hyper, rule: Rule, name: str, p: torch.nn.Parameter) -> RowBank:
+    """The RowBank of a table p, the parameter `name`."""
     steps = max(group.every, group.cadence(s.schedule.steps - 1))
     rows = p.row_lookups * max(per_stage(s.data.tokens_per_rank))
     return RowBank(
@@ -453,7 +471,7 @@ def row_bank(s, plan, group, rule, name, p):
     )
 
 
-def banks_of(model, s, plan, rules):
+def banks_of(model: torch.nn.Module, s: Settings, plan: Any, rules: dict[str, Callable]) -> list[Bank]:
     """The banks of a model's parameters. plan: the communication plan; rules: as RULES."""
     found, loads, banks = {}, model.tokens_per_expert(), []
     for name, p in model.named_parameters():
@@ -484,10 +502,10 @@ class Replay:
     that timed steps only replay.
     """
 
-    def __init__(self, pool):
+    def __init__(self, pool: tuple[int, int] | None) -> None:
         self.pool, self.calls, self.again = pool, 0, None
 
-    def __call__(self, update):
+    def __call__(self, update: Callable[[], None]) -> None:
         self.calls += 1
         if self.calls == 1:
             update()
@@ -497,7 +515,7 @@ class Replay:
         self.again()
 
 
-def capture(update, pool):
+def capture(update: Callable[[], None], pool: tuple[int, int] | None) -> Callable[[], None]:
     """Capture the kernels of an update in a CUDA graph and return the function that replays them.
 
     pool: memory pool of all updates' graphs, which never run at the same time.
@@ -535,7 +553,10 @@ class Optimizer:
     plan: the communication plan; None: one process. compiled: whether rules run under torch.compile.
     """
 
-    def __init__(self, model, s, plan=None, compiled=False, rules=RULES):
+    def __init__(
+        self, model: torch.nn.Module, s: Settings, plan: Any = None, compiled: bool = False,
+        rules: dict[str, Callable] = RULES
+    ) -> None:
         self.s, self.plan, self.compiled = s, plan or Alone(), compiled
         self.banks = banks_of(model, s, self.plan, rules)
         self.last = self.launching = False
@@ -551,13 +572,13 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(lambda _, bank=bank: self.ready(bank))
 
     @torch.no_grad()
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything but the parameters: state, gradients, counts."""
         self.launched = []
         for bank in self.banks:
             bank.reset()
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of everything but the parameters that a step changes."""
         out = {}
         for i, bank in enumerate(self.banks):
@@ -567,17 +588,17 @@ class Optimizer:
         return out
 
     @torch.no_grad()
-    def full_tensors(self):
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) of all parameters and their state (Bank.full_tensors). Collective."""
         for bank in self.banks:
             yield from bank.full_tensors()
 
-    def update_counts(self):
+    def update_counts(self) -> dict[str, int]:
         """{parameter's name: updates so far}."""
         return {name: bank.updates for bank in self.banks for name, _ in bank.members}
 
     @torch.no_grad()
-    def load(self, full, updates):
+    def load(self, full: Mapping[str, torch.Tensor], updates: Mapping[str, int]) -> None:
         """Continue from the tensors of full_tensors and the counts of update_counts, with no gradient kept.
 
         The number of processes may be another one. Errors: those of Bank.load.
@@ -587,19 +608,19 @@ class Optimizer:
             bank.load(full)
             bank.updates = updates[bank.members[0][0]]
 
-    def keeps_gradients(self, plan):
+    def keeps_gradients(self, plan: StepPlan) -> bool:
         """Whether gradients are kept after a step for a later one (groups with a cadence).
 
         plan: schedule.StepPlan of the step.
         """
         return any(not is_due(bank, plan.due) and bank.group not in plan.frozen for bank in self.banks)
 
-    def state_bytes(self):
+    def state_bytes(self) -> int:
         return sum(x.nbytes for bank in self.banks for x in bank.state.values())
 
     # ----- gradients
 
-    def expect(self, last, launch=True, due=None):
+    def expect(self, last: bool, launch: bool = True, due: frozenset[str] | None = None) -> None:
         """Announce a backward pass.
 
         Args:
@@ -611,38 +632,38 @@ class Optimizer:
         for bank in self.banks:
             bank.pending = len(bank.members)
 
-    def ready(self, bank):
+    def ready(self, bank: Bank) -> None:
         """Called by autograd when the gradient of one of the bank's parameters is complete."""
         bank.pending -= 1
         if self.launching and bank.pending == 0 and bank.comm.eager and is_due(bank, self.due):
             self.launch(bank)
 
     @torch.no_grad()
-    def accumulate(self):
+    def accumulate(self) -> None:
         """After each backward pass: add bfloat16 gradients to their float32 sum, and push ordered ones."""
         for bank in self.banks:
             if bank.ordered or not self.last:
                 bank.accumulate()
 
     @torch.no_grad()
-    def launch(self, bank):
+    def launch(self, bank: Bank) -> None:
         """Start the reduction over processes."""
         self.launched.append(bank)
         bank.comm.reduce(bank.local_gradient())
 
     @torch.no_grad()
-    def reduced(self, bank):
+    def reduced(self, bank: Bank) -> tuple[Gradient, torch.Tensor]:
         """Wait for the reduction: (this process's shard of the mean gradient, gradient for the norm)."""
         local = None if bank.comm.reduces else bank.local_gradient()
         return bank.received(*bank.comm.wait(local))
 
     @torch.no_grad()
-    def clip_factor(self, banks, seen):
+    def clip_factor(self, banks: Sequence[Bank], seen: Sequence[torch.Tensor]) -> torch.Tensor:
         """Factor (0-d, at most 1) that limits the global norm of the banks' gradients to grad_clip."""
         return (self.s.optim.grad_clip / self.global_norm(banks, seen)).clamp(max=1.0)
 
     @torch.no_grad()
-    def global_norm(self, banks, seen):
+    def global_norm(self, banks: Sequence[Bank], seen: Sequence[torch.Tensor]) -> torch.Tensor:
         """The norm of the banks' gradients together, 0-d float64. Collective where they are sharded.
 
         seen: the second result of `reduced` for each bank.
@@ -659,7 +680,7 @@ class Optimizer:
     # ----- updates
 
     @torch.no_grad()
-    def step(self, plan, watch=None):
+    def step(self, plan: StepPlan, watch: Callable[[dict], Any] | None = None) -> None:
         """Reduce, update and gather the banks that are due, and clear their gradients.
 
         plan: schedule.StepPlan of the step.
@@ -706,7 +727,7 @@ class Optimizer:
         self.launched = []
         self.forget_gradients(due, plan.frozen)
 
-    def launch_rest(self, banks):
+    def launch_rest(self, banks: Sequence[Bank]) -> None:
         """Start the reductions that have not started.
 
         Their banks are not eager, or a parameter got no gradient and its hook never fired.
@@ -715,11 +736,11 @@ class Optimizer:
             if bank.comm.reduces and not bank.comm.work:
                 self.launch(bank)
 
-    def in_order(self, banks):
+    def in_order(self, banks: Sequence[Bank]) -> list[Bank]:
         """Banks in the order of their updates; reductions finish in the order in which they were launched."""
         return [*(b for b in banks if b not in self.launched), *(b for b in self.launched if b in banks)]
 
-    def forget_gradients(self, updated, frozen):
+    def forget_gradients(self, updated: Sequence[Bank], frozen: frozenset[str]) -> None:
         """Clear the gradients of the banks that a step has updated, and drop those of frozen groups."""
         for bank in self.banks:
             if bank in updated or bank.group in frozen:
@@ -727,7 +748,7 @@ class Optimizer:
             elif not bank.ordered:  # the bank keeps its gradient; a bfloat16 one moves to the float32 sum
                 bank.accumulate()
 
-    def copied(self, source, target):
+    def copied(self, source: str, target: str) -> tuple[Bank, Bank]:
         """The banks of two labels, of which the second takes over the first one's state in `copy_parameter`.
 
         UserError if it cannot.
@@ -743,7 +764,7 @@ class Optimizer:
         return old, new
 
     @torch.no_grad()
-    def copy_parameter(self, source, target):
+    def copy_parameter(self, source: str, target: str) -> None:
         """Copy values, state and update count of one parameter to another (record 53 splits a tied head).
 
         Collective where the state is sharded, because the two banks are sharded at different places.
@@ -761,7 +782,7 @@ class Optimizer:
             x.copy_(new.comm.shard(whole))
         new.updates = old.updates
 
-    def update(self, bank, grad, plan):
+    def update(self, bank: Bank, grad: Gradient, plan: StepPlan) -> None:
         bank.updates += 1
         numbers = self.numbers(bank, bank.rule.numbers(plan.of_role(bank.role), bank.updates))
         if getattr(bank.rule, "c_optim", 0.0):
@@ -773,7 +794,7 @@ class Optimizer:
         else:
             bank.update(grad, numbers, *functions)
 
-    def update_cautiously(self, bank, grad, numbers):
+    def update_cautiously(self, bank: Bank, grad: torch.Tensor, numbers: dict) -> None:
         """The update of a bank with C-Optim, whose shares are of whole parameters, however they are sharded.
 
         Collective where the bank is sharded.
@@ -787,7 +808,7 @@ class Optimizer:
             share = count.double() / (shared * own.numel())
             bank.rule.update_(p, g, state, numbers | {"kept": share}, bank.views)
 
-    def function(self, rule, name):
+    def function(self, rule: Rule, name: str) -> Callable | None:
         """A function of a rule, compiled if the optimizer is; None if the rule does not have it."""
         function = getattr(rule, name, None)
         if function is None or not self.compiled or rule.eager:
@@ -796,7 +817,7 @@ class Optimizer:
             self.functions[rule, name] = torch.compile(function, dynamic=False)
         return self.functions[rule, name]
 
-    def numbers(self, bank, values):
+    def numbers(self, bank: Bank, values: dict[str, float]) -> dict:
         """Per-step numbers in the form that the rule needs.
 
         Compiled rules get 0-d tensors: a new value does not recompile, and 0-d tensors do not promote dtypes.
@@ -815,7 +836,7 @@ class Optimizer:
 
     # ----- report
 
-    def table(self):
+    def table(self) -> list[tuple[str, ...]]:
         """The parameter table of a run, one row of texts per label and shape.
 
         Columns: label, role, count x shape, rule, rate, decay, constants, communication, cadence.
@@ -841,12 +862,12 @@ class Optimizer:
         return rows
 
 
-def phases_of(banks):
+def phases_of(banks: Sequence[Bank]) -> list[Sequence[Bank]]:
     """Banks in phases: the reductions of a phase start after the updates of the previous phase."""
     late = [bank for bank in banks if bank.comm.late]
     return [[bank for bank in banks if not bank.comm.late], late] if late else [banks]
 
 
-def is_due(bank, due):
+def is_due(bank: Bank, due: frozenset[str] | None) -> bool:
     """Whether a step updates this bank. due: StepPlan.due."""
     return due is None or bank.group in due

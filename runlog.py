@@ -14,7 +14,9 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -40,7 +42,7 @@ MEASURED = ("probe", "validation", "experts")
 NAMES = ("log.txt", "run.jsonl")
 
 
-def source_files():
+def source_files() -> list[str]:
     """Every file that a training runs through, relative to the checkout."""
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "runlog.py"]
     folders = ("settings", "updates", "kernels", "layers", "data", "system", "common")
@@ -49,7 +51,7 @@ def source_files():
     ]
 
 
-def sources():
+def sources() -> tuple[str, str]:
     """(text, hash) of all source files."""
     text = "".join(
         f"# ----- {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n" for name in source_files()
@@ -57,12 +59,12 @@ def sources():
     return text, source_hash(text)
 
 
-def source_hash(text):
+def source_hash(text: str) -> str:
     """16 hex digits of a source text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def machine():
+def machine() -> dict[str, Any]:
     """CPU name, cores, platform, and an anonymous id that is the same for all runs of one machine."""
     name, identity = platform.processor() or platform.machine(), platform.node()
     try:
@@ -80,13 +82,13 @@ def machine():
     }
 
 
-def environment():
+def environment() -> dict[str, str]:
     """The variables of this process that change numbers or times (paths and choice of GPU left out)."""
     return {k: v for k, v in sorted(os.environ.items())
             if k.startswith(VARIABLES) and k != "CUDA_VISIBLE_DEVICES" and "/" not in v}
 
 
-def covers_all(start):
+def covers_all(start: dict) -> bool:
     """Are the training losses and the probe of a run with this start event those of all processes?"""
     return start["log_version"] > 2 or start["processes"] == 1
 
@@ -97,24 +99,24 @@ GENESIS = "0" * 64
 LOG_LIMIT = 256 * 2 ** 20  # bytes of a chained file that is read
 
 
-def chain_hash(previous, body):
+def chain_hash(previous: str, body: dict) -> str:
     """Hash of a chained line: sha256 of the hash before it and its canonical JSON."""
     return hashlib.sha256((previous + json.dumps(body, sort_keys=True)).encode()).hexdigest()
 
 
-def chain_line(previous, body):
+def chain_line(previous: str, body: dict) -> tuple[str, str]:
     """(line of JSON with its `hash`, hash)."""
     body = files.strict(body)
     digest = chain_hash(previous, body)
     return files.json_text(body, sort_keys=True)[:-1] + f', "hash": "{digest}"}}', digest
 
 
-def plain_event(**fields):
+def plain_event(**fields) -> dict:
     """The event as a reader of its line gets it: plain JSON values, null where a number is not finite."""
     return json.loads(files.json_text(fields))
 
 
-def measured(event):
+def measured(event: dict) -> dict:
     """The event with its numbers to compute with: null is NaN again where only a number can stand.
 
     Lines hold null there, as JSON has no NaN.
@@ -133,12 +135,12 @@ def measured(event):
     return event
 
 
-def read_chain(path):
+def read_chain(path: Path | str) -> list[dict]:
     """Events of a chained file, checked. Raises UserError at the first line that breaks the chain."""
     return [event for event, _ in read_links(path)]
 
 
-def read_links(path, torn=False):
+def read_links(path: Path | str, torn: bool = False) -> list[tuple[dict, str]]:
     """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before
     it, each spelled as `chain_line` spells it, so that no two files tell the same. torn: a last line without
     its end, which a kill may leave, is left out."""
@@ -173,7 +175,7 @@ def read_links(path, torn=False):
     return links
 
 
-def readable(path):
+def readable(path: Path | str) -> list[dict]:
     """The whole events of a log that may be under way or torn; [] if it cannot be read."""
     try:
         return [event for event, _ in read_links(path, torn=True)]
@@ -183,7 +185,7 @@ def readable(path):
 
 # ----- what follows from the chain --------------------------------------------------------------------------
 
-def render(event):
+def render(event: dict) -> list[str]:
     """The lines of log.txt that an event stands for."""
     kind = event["kind"]
     facts = {k: v for k, v in event.items() if k not in PRIVATE}
@@ -242,12 +244,12 @@ def render(event):
     return []
 
 
-def mean(values):
+def mean(values: Sequence[float]) -> float:
     """The mean of a list of numbers."""
     return sum(values) / len(values)
 
 
-def balance(events):
+def balance(events: list[dict]) -> dict:
     """How evenly the experts of a run were loaded, from its events `experts`; {} if they do not tell.
 
     Returns {"max_vio": {"layers": [layer], "steps": [mean over all steps up to the last validation],
@@ -267,7 +269,7 @@ def balance(events):
     }}
 
 
-def is_account(compile):
+def is_account(compile: Any) -> bool:
     """Can `render` read it as what system.compiler.account gives?"""
     return (
         isinstance(compile, dict) and "hits" in compile
@@ -275,7 +277,7 @@ def is_account(compile):
     )
 
 
-def standing(events):
+def standing(events: list[dict]) -> list[dict]:
     """The events without those that a run did again, when it was resumed or went back (--rescue rewind): one
     line of events to its end."""
     kept = []
@@ -291,7 +293,7 @@ def standing(events):
     return kept
 
 
-def summarise(events, last_hash):
+def summarise(events: list[dict], last_hash: str) -> dict:
     """summary.json of a run: what its events say, in one flat table."""
     resumed = [e["step"] for e in events if e["kind"] == "resume"]
     guards = [e["message"] for e in events if e["kind"] == "guard"]
@@ -309,12 +311,12 @@ def summarise(events, last_hash):
     }
 
 
-def utc():
+def utc() -> str:
     """The date and time, as events have it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def new_folder(out, name):
+def new_folder(out: Path | str, name: str) -> Path:
     """Make the folder of a new run, whose name no other run has."""
     Path(out).mkdir(parents=True, exist_ok=True)
     stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
@@ -327,7 +329,7 @@ def new_folder(out, name):
             n += 1
 
 
-def claim(file, folder):
+def claim(file: BinaryIO, folder: Path | str) -> None:
     """Hold the log for this process alone, until it ends. UserError if another one writes it."""
     if fcntl is None:
         return
@@ -339,7 +341,7 @@ def claim(file, folder):
         pass  # a file system without locks
 
 
-def held_by_process(folder):
+def held_by_process(folder: Path | str) -> bool | None:
     """Whether a process of this machine holds the log of a run (`claim`), as each does until it ends.
 
     None where the system does not tell. Reads the kernel's list of locks: to try the lock would be in the way
@@ -352,12 +354,12 @@ def held_by_process(folder):
         return None
 
 
-def ended(events):
+def ended(events: list[dict]) -> bool:
     """Has a run with these events nothing left to do?"""
     return bool(events) and events[-1]["kind"] == "end" and events[-1]["status"] != "interrupted"
 
 
-def refuse_ended(folder, events):
+def refuse_ended(folder: Path | str, events: list[dict]) -> None:
     """UserError if the events are those of a run that has nothing left to do."""
     if ended(events):
         end = events[-1]
@@ -366,7 +368,7 @@ def refuse_ended(folder, events):
         )
 
 
-def complete(folder):
+def complete(folder: Path | str) -> None:
     """Write log.txt and summary.json of an ended run again where a kill, after its last event, has left them
     behind. UserError if the run is under way."""
     folder = Path(folder)
@@ -385,7 +387,10 @@ def complete(folder):
 class RunLog:
     """The run's folder. On all processes but the first (`active` False) nothing is written."""
 
-    def __init__(self, out, name, active=True, began=None, folder=None):
+    def __init__(
+        self, out: Path | str, name: str, active: bool = True, began: float | None = None,
+        folder: Path | str | None = None
+    ) -> None:
         """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms
         counts. folder: of a run that is resumed; None: a new one."""
         self.active, self.events, self.previous = active, [], GENESIS
@@ -408,7 +413,7 @@ class RunLog:
         if folder is not None:
             self.continue_chain()
 
-    def continue_chain(self):
+    def continue_chain(self) -> None:
         """Take over the events of the folder, without a line that a kill or a full disk has torn.
 
         UserError if the chain is broken or the run has ended.
@@ -427,7 +432,7 @@ class RunLog:
             for text in render(event):
                 self.write("log.txt", text)
 
-    def write(self, name, line):
+    def write(self, name: str, line: str) -> None:
         """Append one line, or cut the file back to its last complete line and raise."""
         file, data = self.files[name], files.encoded(line) + b"\n"
         start = os.fstat(file.fileno()).st_size
@@ -449,7 +454,7 @@ class RunLog:
         """Wall milliseconds since the process began, after those of the processes that it continues."""
         return self.before_ms + 1000 * (time.perf_counter() - self.began)
 
-    def event(self, kind, **fields):
+    def event(self, kind: str, **fields) -> dict:
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
         with self.lock:
             event = plain_event(n=len(self.events), kind=kind, wall_ms=round(self.elapsed_ms(), 3), **fields)
@@ -463,12 +468,12 @@ class RunLog:
             self.links.append((event, self.previous))
             return event
 
-    def last_event(self, kind, **fields):
+    def last_event(self, kind: str, **fields) -> dict:
         """An event after which this process ends: no other thread can add one any more."""
         self.lock.acquire()
         return self.event(kind, **fields)
 
-    def start(self, about, settings):
+    def start(self, about: dict, settings: dict) -> None:
         """Sources (once per content, next to the run folders), environment and settings (nested plain
         values)."""
         self.event(
@@ -476,7 +481,7 @@ class RunLog:
             **about
         )
 
-    def keep_sources(self):
+    def keep_sources(self) -> str:
         """Write the program's sources next to the run folders, once per content. Returns their hash."""
         text, digest = sources()
         if self.active:
@@ -485,13 +490,13 @@ class RunLog:
                 files.write(path, text, remedy="free some space, or choose another folder with --out")
         return digest
 
-    def close(self):
+    def close(self) -> None:
         """Let another process write the log."""
         for file in self.files.values() if self.active else ():
             file.close()
 
     @held
-    def end(self, **fields):
+    def end(self, **fields) -> dict:
         """The last event, both logs made to last, then summary.json. Returns the summary."""
         self.event("end", **fields)
         summary = summarise(self.events, self.previous)
@@ -510,7 +515,7 @@ class RunLog:
 
 # ----- what a person sees -----------------------------------------------------------------------------------
 
-def crossing(points, target):
+def crossing(points: Sequence[Sequence[float]], target: float) -> float | None:
     """First step at which a curve of (step, loss) is at or below target, linear between them; None: never."""
     for (a, above), (b, below) in zip(points, points[1:]):
         if below <= target:
@@ -518,7 +523,9 @@ def crossing(points, target):
     return None
 
 
-def terminal_curve(points, target=None, width=64, height=10):
+def terminal_curve(
+    points: Sequence[Sequence[float]], target: float | None = None, width: int = 64, height: int = 10
+) -> str:
     """Text chart of (step, val_loss) points, lowest values resolved best: the first point may lie off the
     top."""
     points = [p for p in points if p[1] == p[1]]

@@ -33,13 +33,21 @@ import math
 import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import arguments, console
 from common.errors import UserError
 from settings.model import padded_vocab
 from settings.system import System
+
+if TYPE_CHECKING:
+    import tiktoken
+    import torch
+
+    from layers.attention import Cache
+    from model import GPT
 
 END = "<|endoftext|>\n"  # how the end of a document is shown
 GREEDY_BELOW = 1e-6  # a temperature below this one cannot be told from 0 in float32
@@ -87,7 +95,7 @@ def parser() -> arguments.Parser:
 
 # ----- what is read -----------------------------------------------------------------------------------------
 
-def load(path):
+def load(path: Path | str) -> tuple["GPT", str]:
     """(model in eval mode, tokenizer name) of a checkpoint file, or of a run's folder. Errors are one
     line."""
     import torch
@@ -116,7 +124,7 @@ def load(path):
     return build(saved, path)
 
 
-def build(saved, path):
+def build(saved: Any, path: Path | str) -> tuple["GPT", str]:
     """(model, tokenizer name) of what a checkpoint holds."""
     import torch
 
@@ -148,7 +156,7 @@ def build(saved, path):
     return model.eval(), saved["tokenizer"]
 
 
-def read_out(model) -> list[str]:
+def read_out(model: "GPT") -> list[str]:
     """A list with the line on averaged or extrapolated weights, which a checkpoint holds as read."""
     import schedule
     s = model.settings
@@ -170,7 +178,7 @@ def read_prompt(options: argparse.Namespace) -> str:
         raise UserError(f"--prompt-file {options.prompt_file}: not UTF-8 text (byte {error.start})") from None
 
 
-def prompt_ids(encoding, text: str) -> list[int]:
+def prompt_ids(encoding: "tiktoken.Encoding", text: str) -> list[int]:
     """Token ids of a prompt, after the token that begins a document."""
     try:
         return [encoding.eot_token, *encoding.encode_ordinary(text)]
@@ -184,7 +192,7 @@ def prompt_ids(encoding, text: str) -> list[int]:
 
 # ----- drawing tokens ---------------------------------------------------------------------------------------
 
-def allowed(logits, top_k: int | None = None, top_p: float | None = None):
+def allowed(logits: "torch.Tensor", top_k: int | None = None, top_p: float | None = None) -> "torch.Tensor":
     """Logits (V,) with -inf at the tokens that may not be drawn. At least the likeliest one stays.
 
     top_k: how many of the likeliest tokens stay. top_p: of those the fewest that together hold at least this
@@ -201,7 +209,9 @@ def allowed(logits, top_k: int | None = None, top_p: float | None = None):
     return logits.masked_fill(~keep[order.argsort()], -math.inf)
 
 
-def draw(logits, heat: float, top_k: int | None, top_p: float | None, generator) -> int:
+def draw(
+    logits: "torch.Tensor", heat: float, top_k: int | None, top_p: float | None, generator: "torch.Generator"
+) -> int:
     """One token of logits (V,)."""
     import torch
     if heat < GREEDY_BELOW:
@@ -222,9 +232,10 @@ class Generation:
     """
 
     def __init__(
-        self, model, ids, count, *, vocab_size, bos, temperature, seed, top_k=None, top_p=None, stop=False,
-        cached=True, absorbed=None
-    ):
+        self, model: "GPT", ids: Sequence[int], count: int, *, vocab_size: int, bos: int, temperature: float,
+        seed: int, top_k: int | None = None, top_p: float | None = None, stop: bool = False,
+        cached: bool = True, absorbed: bool | None = None
+    ) -> None:
         self.model, self.ids, self.count, self.vocab_size, self.bos = model, list(ids), count, vocab_size, bos
         self.temperature, self.seed, self.top_k, self.top_p, self.stop = temperature, seed, top_k, top_p, stop
         self.cached, self.absorbed, self.cache = cached, absorbed, None
@@ -260,7 +271,7 @@ class Generation:
                 return
 
 
-def generate(model, ids, count, **options):
+def generate(model: "GPT", ids: Sequence[int], count: int, **options) -> tuple[list[int], "Cache | None"]:
     """(new ids, cache at the end) of a whole Generation."""
     made = Generation(model, ids, count, **options)
     return list(made), made.cache
@@ -271,7 +282,7 @@ def generate(model, ids, count, **options):
 class Writer:
     """Prints tokens as text. A character whose bytes come in several tokens is printed when it is whole."""
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: "tiktoken.Encoding") -> None:
         self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def text(self, token: int) -> str:
@@ -286,14 +297,14 @@ class Writer:
         print(self.decoder.decode(b"", final=True), flush=True)
 
 
-def bytes_per_token(cache):
+def bytes_per_token(cache: "Cache") -> int:
     """What a cache of one row holds for each of its tokens, all layers together."""
     tensors = [x for layer in cache for x in layer if x is not None]
     # every one has all the tokens
     return sum(x.numel() * x.element_size() for x in tensors) // tensors[0].size(1)
 
 
-def forms(model, wanted):
+def forms(model: "GPT", wanted: str) -> tuple[list[str], str]:
     """([forms of the cache to generate with, the text's first], why there is no latent one though the model
     has latents)."""
     try:
@@ -305,7 +316,10 @@ def forms(model, wanted):
     return ["latent", "dense"] if wanted == "auto" else [wanted], ""
 
 
-def timed(model, form, ids, count, show=lambda token: None, **options):
+def timed(
+    model: "GPT", form: str, ids: Sequence[int], count: int, show: Callable[[int], None] = lambda token: None,
+    **options
+) -> tuple[list[int], str]:
     """(new ids, line of figures) of one generation with one form of the cache. show: called with each
     token."""
     generate(model, ids, min(count, 2), absorbed=form == "latent", **options)
@@ -320,7 +334,7 @@ def timed(model, form, ids, count, show=lambda token: None, **options):
     )
 
 
-def agreement(tokens, others):
+def agreement(tokens: Sequence[int], others: Sequence[int]) -> str:
     """One line: whether two forms of the cache gave the same tokens."""
     i = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), None)
     if i is None:
@@ -331,7 +345,10 @@ def agreement(tokens, others):
     )
 
 
-def show_samples(options, model, encoding, form, ids, text, asked):
+def show_samples(
+    options: argparse.Namespace, model: "GPT", encoding: "tiktoken.Encoding", form: str, ids: Sequence[int],
+    text: str, asked: dict
+) -> tuple[list[int], str]:
     """Print all samples as they are generated. Returns (ids, figures) of the first."""
     first = None
     for i in range(options.samples):
@@ -381,7 +398,7 @@ def sample(options: argparse.Namespace) -> None:
     print(*lines, sep="\n", file=sys.stderr)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """The command line of sample.py."""
     console.guard()
     options = parser().parse_args(argv)

@@ -24,7 +24,9 @@ from common import environment  # first: refuses a Python that is too old
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from common import arguments, console, files, lines
 from common.errors import UserError
@@ -32,11 +34,14 @@ from settings.scales import SCALES
 from sweeps import forecast, queue
 from sweeps.plan import is_inert, make_plan, pairs_of
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 # ----- before the start -------------------------------------------------------------------------------------
 
 @lines.fitted()
-def print_plan(plan, options, root, slots):
+def print_plan(plan: dict, options: argparse.Namespace, root: Path, slots: list[dict[str, str]]) -> None:
     """What will be run, what it can show, how long it takes and what it costs."""
     print(
         f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
@@ -59,7 +64,7 @@ def print_plan(plan, options, root, slots):
     print_effort(plan, options, root, slots)
 
 
-def print_power(plan, stated):
+def print_power(plan: dict, stated: float | None) -> None:
     """Print the smallest effect that the plan can resolve."""
     from sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
@@ -80,14 +85,14 @@ def print_power(plan, stated):
         print("minimal detectable effect: none, one run an arm shows no spread and gives no interval")
 
 
-def source_of(known, paired):
+def source_of(known: tuple[float, int, list[str]], paired: bool) -> str:
     """Where earlier_sd has its sd from, in words."""
     _, count, names = known
     return (f"median of {count} comparisons in " if paired else "of ") + ", ".join(names) + (
         "" if paired else f", {count} df")
 
 
-def print_effort(plan, options, root, slots):
+def print_effort(plan: dict, options: argparse.Namespace, root: Path, slots: list[dict[str, str]]) -> None:
     """Print how many runs are left and how long they take."""
     workers = len(slots)
     done, failed = queue.settled(root)
@@ -121,7 +126,10 @@ class View:
     """A live table when stdout is a terminal, otherwise a line per run; and what the first runs tell about
     the rest."""
 
-    def __init__(self, plan, root, workers, cost_per_hour=None, sd=None):
+    def __init__(
+        self, plan: dict, root: Path, workers: int, cost_per_hour: float | None = None,
+        sd: float | tuple[float, int, list[str]] | None = None
+    ) -> None:
         self.plan, self.root, self.workers = plan, root, workers
         self.cost, self.sd_known = cost_per_hour, bool(sd)
         self.live, self.drawn, self.walls = None, 0.0, []
@@ -131,13 +139,15 @@ class View:
             self.live = Live(auto_refresh=False, transient=True, vertical_overflow="crop")
             self.live.start()
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         if self.live:
             self.live.console.print(line, markup=False, highlight=False)
         else:
             print(line, flush=True)
 
-    def tick(self, done, failed, running):
+    def tick(
+        self, done: dict[str, dict], failed: dict[str, dict], running: list[tuple[dict, int, float]]
+    ) -> None:
         """Called often; draws about once a second."""
         first = not self.walls
         self.walls = [r["wall_ms"] / 1000 for r in done.values() if "adopted_from" not in r]
@@ -149,14 +159,14 @@ class View:
             self.drawn = time.monotonic()
             self.live.update(self.table(done, failed, running), refresh=True)
 
-    def remaining(self, done, failed):
+    def remaining(self, done: dict[str, dict], failed: dict[str, dict]) -> str:
         todo = queue.targets(self.plan, queue.survivors(self.root))
         left = sum(t not in done and t not in failed for t, _, _ in todo)
         hours = left * sorted(self.walls)[len(self.walls) // 2] / 3600
         return (f"about {hours / self.workers:.2f} h left if nobody else works on it"
                 + (f", cost {hours * self.cost:.2f}" if self.cost else ""))
 
-    def tell_mde(self, done):
+    def tell_mde(self, done: dict[str, dict]) -> None:
         from evidence import statistics
         from sweeps.report import detectable, losses, runs_of
         values = losses(runs_of(self.plan, self.plan["arms"][0], done))
@@ -168,7 +178,9 @@ class View:
                 self.say(f"minimal detectable effect: about {least:.4f} nats at 80 % "
                          f"power, from the sd {sd:.4f} of the first {len(values)} controls")
 
-    def table(self, done, failed, running):
+    def table(
+        self, done: dict[str, dict], failed: dict[str, dict], running: list[tuple[dict, int, float]]
+    ) -> "Table":
         from rich import box
         from rich.table import Table
         from sweeps.report import losses, runs_of
@@ -193,7 +205,7 @@ class View:
                 t.add_row(a["label"], str(len(values)), "" if mean is None else f"{mean:.4f}", effect, now)
         return t
 
-    def close(self):
+    def close(self) -> None:
         if self.live:
             self.live.stop()
             self.live = None
@@ -201,7 +213,7 @@ class View:
 
 # ----- commands ---------------------------------------------------------------------------------------------
 
-def start(options):
+def start(options: argparse.Namespace) -> int:
     """ablate, axis, chain: plan, tell, and run or go on."""
     from sweeps import worker
     plan = make_plan(options)
@@ -227,7 +239,7 @@ def start(options):
 TUNE = {"kind": "tune", "seeds": 1, "controls": None, "paired": True}
 
 
-def optimizers(options):
+def optimizers(options: argparse.Namespace) -> int:
     """`sweep.py optimizers`: tune the learning rate of every rule, then compare the rules."""
     from sweeps.optimizers import chosen, comparison, read_rules, tuning
     options.base = read_rules(options.rules)[1][0].record
@@ -246,7 +258,7 @@ def optimizers(options):
     return start(options)
 
 
-def planned_slots(plan, options):
+def planned_slots(plan: dict, options: argparse.Namespace) -> list[dict[str, str]]:
     """Slots of a dry run: those of this machine, or as many as were asked for where it cannot run the
     plan."""
     from sweeps import worker
@@ -256,7 +268,7 @@ def planned_slots(plan, options):
         return [{}] * (options.workers or 1)
 
 
-def prepare(plan, root, options):
+def prepare(plan: dict, root: Path, options: argparse.Namespace) -> None:
     """--retry, and --reuse of what is finished already."""
     if options.retry:
         print(f"{queue.retry(root)} failed targets will run again")
@@ -271,7 +283,7 @@ def prepare(plan, root, options):
         print(f"adopted {sum(x is not None for x in found)} finished runs from {', '.join(options.reuse)}")
 
 
-def run_queue(options, root, plan, slots):
+def run_queue(options: argparse.Namespace, root: Path, plan: dict, slots: list[dict[str, str]]) -> int:
     """Work until the queue is empty; then the report."""
     from sweeps import worker
     from sweeps.report import earlier_sd
@@ -292,7 +304,7 @@ def run_queue(options, root, plan, slots):
     return conclude(root) if whole else 1
 
 
-def submit(options, root, plan):
+def submit(options: argparse.Namespace, root: Path, plan: dict) -> int:
     """The queue worked on by submitit's jobs; those on this machine are waited for."""
     from sweeps import worker
 
@@ -322,7 +334,7 @@ def submit(options, root, plan):
     return conclude(root)
 
 
-def conclude(root):
+def conclude(root: Path) -> int:
     """Report files and table of a queue that has come to its end. Exit code 1 if anything failed."""
     from sweeps.report import print_table, report
     _, failed = queue.settled(root)
@@ -339,7 +351,7 @@ def conclude(root):
     return 1 if failed or not found["complete"] else 0
 
 
-def print_failures(root, failed, file):
+def print_failures(root: Path, failed: dict[str, dict], file: TextIO) -> None:
     """Print one line for each failed run."""
     for f in failed.values():
         print(
@@ -348,7 +360,7 @@ def print_failures(root, failed, file):
         )
 
 
-def work(options):
+def work(options: argparse.Namespace) -> int:
     """`sweep.py work`: one more worker on a queue."""
     from sweeps import worker
     root = Path(options.dir)
@@ -359,7 +371,7 @@ def work(options):
     return run_queue(options, root, plan, slots)
 
 
-def status(options):
+def status(options: argparse.Namespace) -> int:
     """The table so far, who works on what, and what failed."""
     from sweeps.report import collect, evidence, print_table
     root = Path(options.dir)
@@ -379,7 +391,7 @@ def status(options):
     return console.settle()
 
 
-def report(options):
+def report(options: argparse.Namespace) -> None:
     """`sweep.py report`: write a sweep's report files and print its table."""
     from sweeps.report import print_table, report as write_report
     found, paths = write_report(Path(options.dir), options.out)
@@ -387,7 +399,7 @@ def report(options):
     print("report: " + ", ".join(map(str, paths)))
 
 
-def power(options):
+def power(options: argparse.Namespace) -> None:
     """How many seeds an effect needs, and what a few seeds can show."""
     from evidence import statistics
     from sweeps.report import earlier_sd
@@ -414,7 +426,7 @@ def power(options):
         print(f"  {n:>2} seeds show {least:.4f} nats")
 
 
-def predictions(options):
+def predictions(options: argparse.Namespace) -> None:
     """`sweep.py predictions`: published effects against measured ones."""
     from evidence import predictions as table
     table.command(options)
@@ -425,7 +437,7 @@ def predictions(options):
 positive = arguments.number(1e-9)
 
 
-def working(p):
+def working(p: arguments.Parser) -> None:
     """Flags of everything that trains."""
     p.add_argument(
         "--workers", type=arguments.integer(1, 1024), metavar="N",
@@ -450,7 +462,7 @@ def working(p):
     )
 
 
-def planning(p):
+def planning(p: arguments.Parser) -> None:
     """Flags of everything that plans."""
     p.add_argument("--scale", choices=list(SCALES), help="default micro, or the preset's")
     p.add_argument(
@@ -586,7 +598,7 @@ def parser() -> arguments.Parser:
     return p
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line; exits with the codes that its help names."""
     options = parser().parse_args(argv)
     try:

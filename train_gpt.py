@@ -525,8 +525,9 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
     if options.save_checkpoint and world.main:
         world.say(report.checkpoint_line(run))
     if options.strict and results["graphs_in_clock"]:
-        raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up, which --strict "
-                        "forbids: with TORCH_LOGS=recompiles torch says which and why")
+        graphs = results["graphs_in_clock"]
+        raise UserError(f"{graphs} graphs were compiled after the warm-up, which --strict forbids: with "
+                        "TORCH_LOGS=recompiles torch says which and why")
     return MISSED if reached is False else REACHED
 
 

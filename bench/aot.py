@@ -21,8 +21,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import measure  # first: it finds the repository
 import report
@@ -34,9 +37,12 @@ from common.errors import UserError
 from kernels import cross_entropy, device, fp8_linear, linear_relu_sq, qk_rotary, symmetric, transpose
 from model import without_values
 from optim import Optimizer
-from settings import deltas
+from settings import Settings, deltas
 from settings.data import LOGICAL_RANKS
 from system.microbatch import ranks_per_microbatch
+
+if TYPE_CHECKING:
+    from triton.runtime import JITFunction
 
 ROOT = Path(__file__).parent.parent
 # A record per kind of launch, with settings where a kernel has no record of its own yet. Another landmark is
@@ -67,14 +73,14 @@ class Built(NamedTuple):
 class Recorder:
     """Stands for a kernel: recorder[grid](*args, **kwargs) notes the launch."""
 
-    def __init__(self, fn, calls):
+    def __init__(self, fn: "JITFunction", calls: list[tuple]) -> None:
         self.fn, self.calls = fn, calls
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple) -> Callable:
         return lambda *args, **kwargs: self.calls.append((self.fn, grid, args, kwargs))
 
 
-def launches(modules, call):
+def launches(modules: dict[ModuleType, str], call: Callable[[], Any]) -> list[tuple]:
     """[(kernel, grid, args, kwargs)] of the launches of `call`, none of which runs.
 
     modules: {module: name of its function that returns its kernels}."""
@@ -95,7 +101,7 @@ def launches(modules, call):
     return calls
 
 
-def specialise(value):
+def specialise(value: torch.Tensor | int | float) -> tuple[str, int | None, bool]:
     """(type, constant or None, divisible by 16) of an argument, by the rules of Triton's launcher."""
     if isinstance(value, torch.Tensor):  # torch allocates at multiples of 16
         return POINTERS[value.dtype], None, True
@@ -106,7 +112,7 @@ def specialise(value):
     return "i32" if -2**31 <= value < 2**31 else "i64", None, value % 16 == 0
 
 
-def build(kernel, *args, arch, folder, **kwargs):
+def build(kernel: "JITFunction", *args, arch: int, folder: str | Path, **kwargs) -> Built:
     """Compile a kernel ahead of time.
 
     kernel: from triton.jit. args, kwargs: as in a launch; tensors may be on `meta`. arch: 90, for example.
@@ -139,7 +145,7 @@ def build(kernel, *args, arch, folder, **kwargs):
 # ----- what a record launches -------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def pretending(arch):
+def pretending(arch: int) -> Iterator[None]:
     """Context in which kernels treat meta tensors as those of a GPU with this compute capability."""
     units = arch >= device.FP8_SINCE
     answers = {
@@ -167,7 +173,7 @@ def pretending(arch):
             setattr(module, name, value)
 
 
-def settings_of(text):
+def settings_of(text: str) -> tuple[Settings, list[str]]:
     """(settings, switches) of "RECORD [PATH ...]": what is on as with `--with PATH`, and every kernel of ours
     that the record can have."""
     ref, *features = text.split()
@@ -180,7 +186,7 @@ def settings_of(text):
     return deltas.resolve(ref, with_=features, sets=sets).settings, taken
 
 
-def step(s, switches):
+def step(s: Settings, switches: list[str]) -> None:
     """Forward, backward and Muon's products of one training step on one GPU, on tensors without values."""
     model, shape = without_values(s), schedule.largest_shape(s)
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=True)
@@ -197,12 +203,12 @@ def step(s, switches):
             symmetric.step(torch.empty(piece.shape, dtype=torch.bfloat16, device="meta"), 1.0, 2.0, 3.0)
 
 
-def key(kernel, args, kwargs):
+def key(kernel: "JITFunction", args: tuple, kwargs: dict) -> tuple:
     """All of a launch that decides what is compiled."""
     return kernel.fn.__name__, tuple(map(specialise, args)), tuple(sorted(kwargs.items()))
 
 
-def shown(args):
+def shown(args: tuple) -> str:
     """The shapes of a launch in a few words."""
     tensors = dict.fromkeys(
         f"{'x'.join(map(str, a.shape))} {str(a.dtype).removeprefix('torch.')}"
@@ -213,7 +219,7 @@ def shown(args):
 
 # ----- the program ------------------------------------------------------------------------------------------
 
-def resources(kernel, args, kwargs, arch, folder):
+def resources(kernel: "JITFunction", args: tuple, kwargs: dict, arch: int, folder: str | Path) -> dict:
     """The row of one kernel on one architecture."""
     built = build(kernel, *args, arch=arch, folder=folder, **kwargs)
     room = 65536 // (32 * kwargs["num_warps"])  # registers of a thread if one block fills a multiprocessor
@@ -227,7 +233,7 @@ def resources(kernel, args, kwargs, arch, folder):
     return row
 
 
-def cases(o, seen, folder):
+def cases(o: Namespace, seen: set, folder: str | Path) -> Iterator[tuple[dict, Callable]]:
     """Of bench/report.py: every kernel of every record, once for an architecture."""
     for text in o.records:
         s, switches = settings_of(text)
@@ -249,7 +255,7 @@ def cases(o, seen, folder):
                 yield fields, functools.partial(resources, kernel, args, kwargs, arch, folder)
 
 
-def main():
+def main() -> None:
     """The program. Exit code 1 if a kernel spills, has no room, or does not compile."""
     import triton
     p = arguments.Parser(prog="bench/aot.py", description=__doc__.partition("\n\n")[0])

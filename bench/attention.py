@@ -20,14 +20,16 @@ HEADS, WIDTH = 6, 12
 LENGTHS, WINDOWS, TOKENS = (512, 1024, 2048, 4096), (16, 64, 256, 1024), 4096
 
 
-def documents_of_corpus(rows, tokens):
+def documents_of_corpus(rows: int, tokens: int) -> torch.Tensor:
     """(rows, tokens) document ids of the first training tokens."""
     corpus = sample_corpus()
     ids = torch.from_numpy(open_shard(corpus.train[0])[:rows * tokens].astype("int64")).view(rows, tokens)
     return (ids == corpus.bos).cumsum(1, dtype=torch.int32)
 
 
-def one(documents, window, backend, rows, tokens, repeats):
+def one(
+    documents: torch.Tensor | None, window: Window, backend: str, rows: int, tokens: int, repeats: int
+) -> float:
     """Milliseconds of view, forward and backward."""
     q, k, v = (torch.randn(rows, tokens, HEADS, WIDTH, requires_grad=True) for _ in range(3))
 
@@ -39,7 +41,7 @@ def one(documents, window, backend, rows, tokens, repeats):
     return 1000 * measure.best(step, repeats)[1]
 
 
-def main():
+def main() -> None:
     """Time every backend on rows of each length and print one table."""
     p = arguments.Parser(prog="bench/attention.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)

@@ -11,6 +11,8 @@ those of the wall, and the thread works next to the training.
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import measure
 import torch
@@ -39,7 +41,7 @@ from train_gpt import train_step
 RECORDS = ("short/11", "short/57", "variants/2")
 
 
-def begin(ref, scale, data, out):
+def begin(ref: str, scale: str, data: str | None, out: str) -> Run:
     """A Run before its first step, its clock started."""
     s = deltas.resolve(ref, scale=scale).settings
     world, corpus, plans = World(s), corpus_for(scale, data, s), schedule.plan(s)
@@ -62,7 +64,7 @@ def begin(ref, scale, data, out):
     return run
 
 
-def spent(call, cuda):
+def spent(call: Callable[[], Any], cuda: bool) -> float:
     """Seconds of a call: CPU time of all threads, on a GPU of the wall until the device has done it."""
     if cuda:
         return measure.seconds(call)
@@ -71,7 +73,7 @@ def spent(call, cuda):
     return time.process_time() - began
 
 
-def rewind_seconds(run, steps=100):
+def rewind_seconds(run: Run, steps: int = 100) -> float:
     """Seconds that --rescue rewind adds to a step: the size of the update, and the detector on the host."""
     movement, detector = Movement(run.optimizer), Spikes()
 
@@ -85,7 +87,7 @@ def rewind_seconds(run, steps=100):
     return min(spent(work, run.world.cuda) for _ in range(3)) / steps
 
 
-def measured(ref, scale, data, every, repeats):
+def measured(ref: str, scale: str, data: str | None, every: int, repeats: int) -> dict:
     """Row of a record."""
     with tempfile.TemporaryDirectory() as out:
         run = begin(ref, scale, data, out)
@@ -125,7 +127,7 @@ def measured(ref, scale, data, every, repeats):
             "rewind_ms": round(rewind_ms, 3), "rewind_percent": round(100 * rewind_ms / step_ms, 3)}
 
 
-def main():
+def main() -> None:
     """Measure and print a line for each record."""
     p = arguments.Parser(prog="bench/checkpoint.py", description=__doc__.splitlines()[0])
     p.add_argument("--records", nargs="+", default=list(RECORDS), metavar="RECORD")

@@ -12,6 +12,8 @@ import functools
 import json
 import math
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import measure  # first: it finds the repository
@@ -41,29 +43,37 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20, torch.float64: 2**-48}
 
 
-def relative(a, b):
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference of two tensors, divided by the largest |b|."""
     return ((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()).item()
 
 
-def worst(errors):
+def worst(errors: Iterable[float]) -> float:
     """The largest of some errors; NaN if one is, which max() may pass over."""
     found = list(errors)
     return next((error for error in found if math.isnan(error)), max(found))
 
 
-def worst_of(found, expected, measure=relative):
+def worst_of(
+    found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor],
+    measure: Callable[[torch.Tensor, torch.Tensor], float] = relative
+) -> float:
     """The largest error of some tensors against those expected. measure: relative or spread."""
     return worst(measure(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def gradients(function, inputs, upstream):
+def gradients(
+    function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], upstream: torch.Tensor
+) -> list[torch.Tensor]:
     """[output, gradients of the inputs]."""
     y = function(*inputs)
     return [y, *torch.autograd.grad(y, inputs, upstream.to(y.dtype))]
 
 
-def compare(function, reference, inputs, dtype):
+def compare(
+    function: Callable[..., torch.Tensor], reference: Callable[..., torch.Tensor], inputs: list[torch.Tensor],
+    dtype: torch.dtype
+) -> float:
     """Largest relative error of output and gradients in dtype against the reference in float64."""
     low = [x.to(dtype).detach().requires_grad_() for x in inputs]
     high = [x.detach().double().requires_grad_() for x in low]
@@ -76,12 +86,12 @@ def compare(function, reference, inputs, dtype):
 # Each group yields (name, dtype, check): a function that gives the error, or a text: why it is not run here.
 # Fourth, where it is not a few roundings of the dtype, the bound.
 
-def unless(why, measure, *args):
+def unless(why: str | bool | None, measure: Callable[..., float], *args) -> Callable[[], float | str]:
     """A check: the function that gives `why`, a reason not to run it, or without a reason measure(*args)."""
     return lambda: why or measure(*args)
 
 
-def attention_checks():
+def attention_checks() -> Iterator[tuple]:
     """Every backend with every kind of window, with and without documents, and once with unequal widths."""
     rows, tokens, heads = 2, 1024, 6
     starts = torch.randint(0, tokens, (rows, 6))
@@ -109,8 +119,9 @@ def attention_checks():
 
 
 def compare_attention(
-    backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False, max_docs=None
-):
+    backend: str, documents: torch.Tensor | None, window: Window, rows: int, tokens: int, heads: int,
+    width: int, value: int, dtype: torch.dtype, compiled: bool = False, max_docs: int | None = None
+) -> float | str:
     """compiled: windows and scale in tensors, as a compiled model has them (attention.traceable)."""
     if backend == "documents" and not null_device.computes():
         return "reads the documents' sizes from the device, and this one computes nothing"
@@ -132,7 +143,7 @@ def compare_attention(
     )
 
 
-def expert_checks():
+def expert_checks() -> Iterator[tuple]:
     """grouped and padded against the float64 padded path, one expert of eight idle."""
     tokens, k, count, dim, hidden = 2048, 2, 8, 256, 512
     chosen = torch.stack([torch.randperm(count - 1, device=DEVICE)[:k] for _ in range(tokens)])
@@ -161,7 +172,7 @@ def expert_checks():
             yield f"experts {backend}", dtype, functools.partial(error, backend, dtype)
 
 
-def mlp_checks():
+def mlp_checks() -> Iterator[tuple]:
     """The layer and the MLP with relu^2 at shapes that no tile divides."""
     why = refusal(DEVICE, torch.bfloat16)
     x, up, down = (torch.randn(1000, 328, device=DEVICE), torch.randn(1304, 328, device=DEVICE) / 18,
@@ -177,7 +188,7 @@ def mlp_checks():
         )
 
 
-def muon_checks():
+def muon_checks() -> Iterator[tuple]:
     """A fused step; and Newton-Schulz in bfloat16: five steps of a growing iteration, so a looser bound."""
     why = refusal(DEVICE, torch.bfloat16)
     g = torch.randn(4, 256, 1024, device=DEVICE)
@@ -200,7 +211,7 @@ def muon_checks():
         )
 
 
-def loss_pair(targets, **how):
+def loss_pair(targets: torch.Tensor, **how) -> list[Callable[..., torch.Tensor]]:
     """(the Triton loss of x and weight, the reference in float64)."""
     return [
         functools.partial(
@@ -210,7 +221,7 @@ def loss_pair(targets, **how):
     ]
 
 
-def loss_checks():
+def loss_checks() -> Iterator[tuple]:
     """Soft caps; several targets, a prefix target, and places without one."""
     why = refusal(DEVICE, torch.bfloat16)
     targets = torch.randint(0, 5003, (1000,), device=DEVICE)
@@ -230,23 +241,23 @@ def loss_checks():
             yield name, dtype, unless(why, compare, *pair, [x.view(4, 250, 328), head], dtype)
 
 
-def joined(rotate, qkv, **how):
+def joined(rotate: Callable, qkv: torch.Tensor, **how) -> torch.Tensor:
     """q, k and v in one tensor (R, T, 3, H, K), of which `rotate` turns q and k, again in one."""
     q, k, v = qkv.unbind(2)
     return torch.stack([*rotate(q, k, **how), v], 2)
 
 
-def joined_fused(qkv, **how):
+def joined_fused(qkv: torch.Tensor, **how) -> torch.Tensor:
     """The same by qkv_rotary."""
     return torch.stack(qkv_rotary(qkv, **how), 2)
 
 
-def stacked(rotate, q, k, **how):
+def stacked(rotate: Callable, q: torch.Tensor, k: torch.Tensor, **how) -> torch.Tensor:
     """q and k (R, T, H, K) turned by `rotate`, along R in one tensor."""
     return torch.cat(rotate(q, k, **how))
 
 
-def rotary_checks():
+def rotary_checks() -> Iterator[tuple]:
     """QK norm, rotary and key offset, with q, k and v in one tensor (qkv) or with q and k apart."""
     why = refusal(DEVICE, torch.bfloat16)
     for width, order, offset in (
@@ -272,12 +283,12 @@ def rotary_checks():
             )
 
 
-def scaled8(x, scale, dtype=E4M3):
+def scaled8(x: torch.Tensor, scale: float, dtype: torch.dtype = E4M3) -> torch.Tensor:
     """x as 8 bits have it, in float64, times scale."""
     return quantise(x.detach(), scale, dtype).double()
 
 
-def fp8_linear_checks():
+def fp8_linear_checks() -> Iterator[tuple]:
     """The three FP8 products (forward, dx, dw) against float64 products of equal quantised operands."""
     x, w = (
         torch.randn(256, 128, device=DEVICE).bfloat16(),
@@ -313,7 +324,7 @@ def fp8_linear_checks():
         )
 
 
-def uncompiled():
+def uncompiled() -> str | None:
     """Why nothing is compiled on this device, or None.
 
     It takes minutes on a CPU, whose compiler tests/test_compiler.py tests.
@@ -321,7 +332,7 @@ def uncompiled():
     return None if DEVICE.type == "cuda" else "compiled kernels are checked on CUDA"
 
 
-def spread(a, b):
+def spread(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative error of a whole tensor (norms).
 
     An element that is rounded to the neighbouring 8-bit value would dominate a largest error.
@@ -330,7 +341,7 @@ def spread(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def fp8_loss_checks():
+def fp8_loss_checks() -> Iterator[tuple]:
     """The FP8 head against float64 with logits rounded to bfloat16 and the gradient to e5m2 (record 19).
 
     Sums in another order round one logit in twenty, and so one gradient in about a hundred, to the
@@ -366,7 +377,7 @@ def fp8_loss_checks():
             yield name, dtype, unless(why, error, backend, i), 2 ** -5
 
 
-def fp8_mlp_of(scales, fused):
+def fp8_mlp_of(scales: tuple[torch.Tensor, torch.Tensor] | None, fused: bool) -> Callable[..., torch.Tensor]:
     """The FP8 MLP of two logical ranks as a function of (x, up, down)."""
     def layer(*inputs):
         return fp8_mlp(*inputs, 2, scales, fused)[0]
@@ -374,12 +385,15 @@ def fp8_mlp_of(scales, fused):
     return layer
 
 
-def fp8_mlp_error(scales, fused, inputs, upstream, expected):
+def fp8_mlp_error(
+    scales: tuple[torch.Tensor, torch.Tensor] | None, fused: bool, inputs: list[torch.Tensor],
+    upstream: torch.Tensor, expected: list[torch.Tensor]
+) -> float:
     """Largest relative error of y and the gradients. expected: y and the gradients by `upstream`."""
     return worst_of(gradients(fp8_mlp_of(scales, fused), inputs, upstream), expected)
 
 
-def fp8_mlp_checks():
+def fp8_mlp_checks() -> Iterator[tuple]:
     """y, maxima of P and all gradients of the FP8 MLP against float64.
 
     Both have the same 8-bit operands and roundings of P. Sums in another order may round pre, P and its 8-bit
@@ -415,13 +429,13 @@ def fp8_mlp_checks():
                 )
 
 
-def transpose_error(x):
+def transpose_error(x: torch.Tensor) -> float:
     """0.0 if transpose_copy has the reference's bits, otherwise 1.0."""
     found, expected = transpose.transpose_copy(x), transpose.transpose_copy_reference(x)
     return float(not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)))
 
 
-def transpose_checks():
+def transpose_checks() -> Iterator[tuple]:
     """Bit by bit: errors are 0 or 1."""
     why = refusal(DEVICE, torch.float32)
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float32):
@@ -430,7 +444,7 @@ def transpose_checks():
             yield f"transpose_copy of {name}", dtype, unless(why, transpose_error, y), 0.0
 
 
-def compiled_checks():
+def compiled_checks() -> Iterator[tuple]:
     """Our operators inside torch.compile, as the trainer compiles the model around them, in bfloat16."""
     dtype, targets = torch.bfloat16, torch.randint(0, 5008, (1024,), device=DEVICE)
     why = refusal(DEVICE, dtype) or uncompiled()
@@ -485,7 +499,7 @@ def compiled_checks():
         yield f"fp8_mlp {name}, fused, compiled", dtype, unless(why, fp8_error, scales), 2 ** -5
 
 
-def room(gib):
+def room(gib: int) -> str | None:
     """Why a check of this size is not run here, or None."""
     if DEVICE.type != "cuda":
         return f"needs {gib} GiB of a GPU"
@@ -494,7 +508,7 @@ def room(gib):
     return None if free >= gib else f"needs {gib} GiB of a GPU, and {free:.0f} are free"
 
 
-def large_checks():
+def large_checks() -> Iterator[tuple]:
     """Offsets of more than 2^31 elements, against torch in pieces of which none is that large. Bit by bit:
     errors 0 or 1."""
     tokens, classes = 49152, 50304
@@ -509,12 +523,12 @@ def large_checks():
         yield name, torch.bfloat16, functools.partial(within, gib, measure, *size)
 
 
-def within(gib, measure, *size):
+def within(gib: int, measure: Callable[..., float], *size) -> float | str:
     """measure(*size), or why so much memory is not here."""
     return room(gib) or measure(*size)
 
 
-def large_transpose(m, n, dtype):
+def large_transpose(m: int, n: int, dtype: torch.dtype) -> float:
     """0.0 if transpose_copy of an (m, n) matrix is exact, otherwise 1.0."""
     x = torch.randint(0, 256, (m, n * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
     y, whole = transpose.transpose_copy(x).view(torch.int8 if dtype.itemsize == 1 else torch.int16), True
@@ -524,7 +538,7 @@ def large_transpose(m, n, dtype):
     return float(not whole)
 
 
-def large_loss(tokens, classes, dim=768):
+def large_loss(tokens: int, classes: int, dim: int = 768) -> float:
     """All logits in one chunk of the kernels, against float32 products of the same operands."""
     inputs = [(torch.randn(n, dim, device=DEVICE) / scale).bfloat16().requires_grad_()
               for n, scale in ((tokens, 1), (classes, dim ** 0.5))]
@@ -537,12 +551,12 @@ def large_loss(tokens, classes, dim=768):
     return worst_of(ours, exact)
 
 
-def pieces(tokens):
+def pieces(tokens: int) -> list[slice]:
     """The first, those around element 2^31 and the last: slices of 4,096 tokens."""
     return [slice(first, first + 4096) for first in (0, tokens * 97 // 100, tokens - 4096)]
 
 
-def large_relu_sq(tokens, dim, hidden):
+def large_relu_sq(tokens: int, dim: int, hidden: int) -> float:
     """P, and 2 dP sqrt(P) of the elementwise gradient."""
     x, w = (
         torch.randn(tokens, dim, device=DEVICE).bfloat16(),
@@ -557,7 +571,7 @@ def large_relu_sq(tokens, dim, hidden):
     return worst(errors)
 
 
-def large_rotary(tokens, heads, width):
+def large_rotary(tokens: int, heads: int, width: int) -> float:
     """Largest relative error of q and k against float64, in the slices of `pieces`."""
     qkv = torch.randn(1, tokens, 3, heads, width, device=DEVICE, dtype=torch.bfloat16)
     angles = torch.rand(tokens, width // 2, device=DEVICE)
@@ -573,7 +587,7 @@ def large_rotary(tokens, heads, width):
     return worst(errors)
 
 
-def graph_checks():
+def graph_checks() -> Iterator[tuple]:
     """Six optimizer updates with CUDA graphs against six without, on equal gradients."""
     for ref in ("short/11", "short/33"):
         for precision, dtype in (("float32", torch.float32), ("record", torch.bfloat16)):
@@ -582,7 +596,7 @@ def graph_checks():
             )
 
 
-def graph_error(ref, precision):
+def graph_error(ref: str, precision: str) -> float | str:
     """Relative difference of the parameters after six updates with and without CUDA graphs.
 
     Without CUDA: the reason why it was not run (str).
@@ -615,7 +629,10 @@ GROUPS = {
 }
 
 
-def judged(checks, wanted=None, rehearse=False):
+def judged(
+    checks: Callable[[], Iterable[tuple]], wanted: Callable[[str, torch.dtype], bool] | None = None,
+    rehearse: bool = False
+) -> Iterator[tuple[dict, Callable]]:
     """Cases of bench/report.py from those of a group; an error above the bound, or NaN, is a failure.
     wanted: function of (name, dtype) that says which checks are made; None: all. rehearse: errors mean
     nothing, as on a device that computes nothing."""
@@ -639,7 +656,7 @@ def judged(checks, wanted=None, rehearse=False):
         yield {"check": name, "dtype": str(dtype).removeprefix("torch.")}, case
 
 
-def show(row):
+def show(row: dict) -> str:
     """The printed line of a row."""
     if "not_run" in row:
         return f"-     {row['check']}, {row['dtype']}: not run here: {row['not_run']}"
@@ -648,7 +665,7 @@ def show(row):
     return f"ok    {row['check']}, {row['dtype']}: {row['error']:.1e} (bound {row['bound']:.1e})"
 
 
-def brief(rows):
+def brief(rows: list[dict]) -> list[dict]:
     """A row for each group: how many checks hold, the largest share of a bound, what was not run and why."""
     lines = []
     for name in dict.fromkeys(r["group"] for r in rows):
@@ -665,7 +682,7 @@ def brief(rows):
     return lines
 
 
-def backends_of(path):
+def backends_of(path: str) -> set[str]:
     """The attention backends that the trainings in a result of bench/steps.py or train.py ran on."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
@@ -675,7 +692,7 @@ def backends_of(path):
     return {name for name in attention.BACKENDS if name in said.split(", ")}
 
 
-def selection(o):
+def selection(o: Namespace) -> Callable[[str, torch.dtype], bool]:
     """Function of (name, dtype): is this check wanted by --dtype and --as-in?"""
     used = backends_of(o.as_in) if o.as_in else set()
 
@@ -687,7 +704,7 @@ def selection(o):
     return wanted
 
 
-def main():
+def main() -> None:
     """Run the checks that the options select; the exit code is 1 if one fails."""
     p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
     p.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in ROUNDING],

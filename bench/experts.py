@@ -8,6 +8,7 @@ milliseconds. FLOPs need no measurement: `records variants`.
 
 import sys
 import tempfile
+from argparse import Namespace
 from types import SimpleNamespace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
 class Case:
     """A record ready to train one step, over and over, on the first batch."""
 
-    def __init__(self, ref, scale, data=None):
+    def __init__(self, ref: str, scale: str, data: str | None = None) -> None:
         self.s = s = deltas.resolve(ref, scale=scale).settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = GPT(s).to(device)
@@ -51,7 +52,7 @@ class Case:
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
         self.x, self.y, self.documents = to_rows(batch, s.data.seq_len, device, self.corpus.bos)
 
-    def gradients(self):
+    def gradients(self) -> None:
         for hook in self.hooks:
             hook.before_forwards(self.plan)
         for i in range(0, 8, self.microbatch):
@@ -65,18 +66,18 @@ class Case:
             self.forward(x, y, context).mean().backward()
             self.optimizer.collect()
 
-    def update(self):
+    def update(self) -> None:
         for hook in self.hooks:
             hook.before_update(self.plan, ALONE)
         self.optimizer.step(self.plan)
 
 
-def backward(outputs, leaves):
+def backward(outputs: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
     """Backward from outputs, without keeping gradients on the leaves."""
     torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
 
 
-def layer_parts(case, repeats):
+def layer_parts(case: Case, repeats: int) -> dict[str, float]:
     """{part: ms} of all mixture layers together, on normed random input of a step's size.
 
     `plain` is the loop over experts.
@@ -125,7 +126,7 @@ def layer_parts(case, repeats):
     }
 
 
-def main():
+def main() -> None:
     """Time each variant against its parent and exit with the report's code."""
     p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
@@ -150,7 +151,7 @@ def main():
     sys.exit(report.finish())
 
 
-def measured(ref, o):
+def measured(ref: str, o: Namespace) -> dict:
     """Print and return the row of a record."""
     case, parent = (Case(r, o.scale, o.data) for r in (ref, deltas.find_record(ref).parent))
     times = {}

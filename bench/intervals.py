@@ -53,7 +53,7 @@ BATCH = 1000
 
 # ----- noise ------------------------------------------------------------------------------------------------
 
-def draw(rng, skewness, *shape):
+def draw(rng: np.random.Generator, skewness: float, *shape: int) -> np.ndarray:
     """Standardised noise: normal, or a centred gamma of this skewness."""
     if not skewness:
         return rng.normal(size=shape)
@@ -62,7 +62,7 @@ def draw(rng, skewness, *shape):
 
 
 @functools.cache
-def committed():
+def committed() -> tuple[np.ndarray, np.ndarray]:
     """(sds, loadings on the control's noise) of control and arms of ablate_33_micro."""
     found = json.loads((ROOT / "evidence/results/ablate_33_micro.json").read_text(encoding="utf-8"))
     control = {r["seed"]: r["val_loss"] for r in found["control"]["runs"]}
@@ -74,7 +74,10 @@ def committed():
     return np.array(sds), np.array(loadings)
 
 
-def sweeps(rng, count, kind, rho, skewness, arms, n, n_control):
+def sweeps(
+    rng: np.random.Generator, count: int, kind: str, rho: float, skewness: float, arms: int, n: int,
+    n_control: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(control (S, n_control), arms (S, arms, n)): losses of sweeps without any effect."""
     groups = arms + 1
     loading = np.full(groups, math.sqrt(rho))
@@ -95,7 +98,7 @@ def sweeps(rng, count, kind, rho, skewness, arms, n, n_control):
 # ----- methods: (control, arms) to True for every resolved row, (S, arms) -----------------------------------
 
 @functools.cache
-def dunnett_point(arms, n, n_control):
+def dunnett_point(arms: int, n: int, n_control: int) -> float:
     """|t| that the largest of the comparisons with one control exceeds in 5 % of sweeps (Dunnett, 1955)."""
     df, shared = arms * (n - 1) + n_control - 1, math.sqrt(n / (n + n_control))
     z, s = np.linspace(-8.5, 8.5, 171), np.linspace(1e-3, 4, 1201)
@@ -110,7 +113,7 @@ def dunnett_point(arms, n, n_control):
     return float(optimize.brentq(above, 1, 20, xtol=1e-6))
 
 
-def pooled(control, arms):
+def pooled(control: np.ndarray, arms: np.ndarray) -> np.ndarray:
     """Dunnett's procedure with one variance."""
     (_, k, n), m = arms.shape, control.shape[1]
     squares = (arms.var(2, ddof=1) * (n - 1)).sum(1) + control.var(1, ddof=1) * (m - 1)
@@ -118,19 +121,21 @@ def pooled(control, arms):
     return np.abs(arms.mean(2) - control.mean(1)[:, None]) > dunnett_point(k, n, m) * se[:, None]
 
 
-def within(control, arms):
+def within(control: np.ndarray, arms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean, variance) of the differences within seeds."""
     d = arms - control[:, None, :arms.shape[2]]
     return d.mean(2), d.var(2, ddof=1)
 
 
-def bonferroni(mean, variance, n, df, alpha=ALPHA):
+def bonferroni(
+    mean: np.ndarray, variance: np.ndarray, n: int, df: float | np.ndarray, alpha: float = ALPHA
+) -> np.ndarray:
     """Two-sided t tests at alpha over all arms."""
     critical = stats.t.isf(alpha / 2 / mean.shape[1], df)
     return np.abs(mean) > critical * np.sqrt(variance / n)
 
 
-def block(control, arms):
+def block(control: np.ndarray, arms: np.ndarray) -> np.ndarray:
     """Randomised blocks: the seeds' common shifts drop out of one residual variance."""
     y = np.concatenate([control[:, None, :arms.shape[2]], arms], 1)
     _, groups, n = y.shape
@@ -139,7 +144,7 @@ def block(control, arms):
     return bonferroni(within(control, arms)[0], 2 * (rest ** 2).sum((1, 2))[:, None] / df, n, df)
 
 
-def moderated(control, arms):
+def moderated(control: np.ndarray, arms: np.ndarray) -> np.ndarray:
     """Smyth's moderated t (2004): d0 and s0 from the moments of log variance."""
     mean, variance = within(control, arms)
     n, d = arms.shape[2], arms.shape[2] - 1
@@ -154,7 +159,7 @@ def moderated(control, arms):
     return bonferroni(mean, (d0 * s0 + d * variance) / (d0 + d), n, np.minimum(d0 + d, d * mean.shape[1]))
 
 
-def pretest(control, arms):
+def pretest(control: np.ndarray, arms: np.ndarray) -> np.ndarray:
     """Pooled where Bartlett's test finds no difference of variances."""
     (_, k, n), m = arms.shape, control.shape[1]
     v = np.concatenate([control.var(1, ddof=1)[:, None], arms.var(2, ddof=1)], 1)
@@ -164,7 +169,7 @@ def pretest(control, arms):
     return np.where(equal[:, None], pooled(control, arms), seeds(control, arms, 1))
 
 
-def welch(control, arms):
+def welch(control: np.ndarray, arms: np.ndarray) -> np.ndarray:
     """Welch's t tests with their own degrees of freedom."""
     n, m = arms.shape[2], control.shape[1]
     a, c = arms.var(2, ddof=1) / n, control.var(1, ddof=1)[:, None] / m
@@ -172,7 +177,7 @@ def welch(control, arms):
     return bonferroni(arms.mean(2) - control.mean(1)[:, None], a + c, 1, df)
 
 
-def bootstrap(control, arms, draws=199):
+def bootstrap(control: np.ndarray, arms: np.ndarray, draws: int = 199) -> np.ndarray:
     """The largest |t| of a sweep against those of resampled seeds, centred."""
     mean, variance = within(control, arms)
     d, n = arms - control[:, None, :arms.shape[2]] - mean[:, :, None], arms.shape[2]
@@ -185,20 +190,22 @@ def bootstrap(control, arms, draws=199):
     return np.abs(mean) > critical[:, None] * np.sqrt(variance / n)
 
 
-def seeds(control, arms, spent=statistics.SPENT):
+def seeds(control: np.ndarray, arms: np.ndarray, spent: float = statistics.SPENT) -> np.ndarray:
     """Differences within seeds, each arm with its own variance."""
     n = arms.shape[2]
     return bonferroni(*within(control, arms), n, n - 1, spent * ALPHA)
 
 
-def seeds_full(control, arms):
+def seeds_full(control: np.ndarray, arms: np.ndarray) -> np.ndarray:
     """The same at the whole level."""
     return seeds(control, arms, 1)
 
 
 # ----- tables -----------------------------------------------------------------------------------------------
 
-def rates(method, kind, rho, skewness, arms, n, count, effect=0.0):
+def rates(
+    method: str, kind: str, rho: float, skewness: float, arms: int, n: int, count: int, effect: float = 0.0
+) -> float:
     """Percent of sweeps in which the method resolves any row (effect 0), or the first arm."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(0, count, BATCH):
@@ -210,7 +217,7 @@ def rates(method, kind, rho, skewness, arms, n, count, effect=0.0):
     return 100 * hits / (math.ceil(count / BATCH) * size)
 
 
-def error_rows(count):
+def error_rows(count: int) -> list[dict]:
     """Share of sweeps with any false row, per method."""
     rows = []
     for skewness in SKEWNESS:
@@ -227,7 +234,7 @@ def error_rows(count):
     return rows
 
 
-def power_rows(count):
+def power_rows(count: int) -> list[dict]:
     """Power of the methods in sweeps of equal arms, at the effect that `pooled` shows in 80 % of them."""
     rows = []
     for arms in (5, 20, 33):
@@ -245,7 +252,7 @@ def power_rows(count):
     return rows
 
 
-def markdown(found):
+def markdown(found: dict) -> str:
     """Both tables, and what they say in figures."""
     def line(cells):
         return "| " + " | ".join(cells) + " |"
@@ -276,7 +283,7 @@ def markdown(found):
         *table(found["errors"], ("skewness", "noise", "correlation", "arms", "n"))]) + "\n"
 
 
-def main():
+def main() -> None:
     """Simulate and write both files."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--simulations", type=int, default=4000, metavar="S")

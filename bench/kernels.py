@@ -8,7 +8,8 @@ additional memory. Needs a GPU; --rehearse runs each way once, untimed, on a CPU
 
 import functools
 import sys
-from typing import Callable, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import measure  # first: it finds the repository
 import numpy as np
@@ -26,7 +27,7 @@ from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from layers.head import bounded
-from settings import deltas
+from settings import Settings, deltas
 from settings.data import longest_document
 from settings.model import Softcap, head_dim
 from updates.adam import adamw_
@@ -40,12 +41,14 @@ REHEARSED = 256, 64, 256, 512, 2, "micro"  # the same on a CPU
 PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (165, 1.0)}
 
 
-def tensor(*shape, scale=1.0):
+def tensor(*shape: int, scale: float = 1.0) -> torch.Tensor:
     """Normal bfloat16 tensor times `scale`, with a gradient."""
     return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().requires_grad_()
 
 
-def trained(function, inputs, upstream=None):
+def trained(
+    function: Callable, inputs: list[torch.Tensor], upstream: list[torch.Tensor] | None = None
+) -> Callable[[], None]:
     """Forward and backward as one step. upstream: gradients of the results; None: ones, of one result."""
     def step():
         y = function(*inputs)
@@ -53,18 +56,22 @@ def trained(function, inputs, upstream=None):
     return step
 
 
-def plain_rotary(qkv, cos, sin, **plan):
+def plain_rotary(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **plan
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """QK norm and rotary in plain torch: qkv (R, T, 3, H, K) -> q, k, v, each (R, T, H, K)."""
     q, k, v = qkv.unbind(2)
     return *qk_rotary_reference(q, k, cos, sin, **plan), v
 
 
-def whole_loss(x, w, targets, softcap):
+def whole_loss(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, softcap: Softcap) -> torch.Tensor:
     """Soft-capped cross entropies (N,) with all logits (N, V) in memory."""
     return F.cross_entropy(bounded(F.linear(x, w).float(), softcap), targets, reduction="none")
 
 
-def plain_experts(x, up, down, gates, chosen):
+def plain_experts(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gates: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
     """The routed part of a mixture as a loop over the experts."""
     y = torch.zeros_like(x)
     for e in range(len(up)):
@@ -75,14 +82,18 @@ def plain_experts(x, up, down, gates, chosen):
     return y
 
 
-def our_experts(x, up, down, gates, chosen):
+def our_experts(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gates: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
     """The same as plain_experts, with rows sorted by expert and grouped products."""
     p = experts.plan(chosen, len(up), "grouped")
     hidden = F.relu(experts.grouped_linear(experts.gather(x, p), up, p)).square()
     return experts.combine(experts.grouped_linear(hidden, down, p), gates, p)
 
 
-def fp8_mlps(x, up, down, flops, size):
+def fp8_mlps(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, flops: int, size: int
+) -> Iterator[tuple[str, int, int, dict]]:
     """The MLP of a logical rank with its first product in FP8, and with both; `ours`: the fused kernels."""
     scales = torch.full((1,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
     for name, given in (("up", None), ("up and down", scales)):
@@ -100,7 +111,7 @@ def fp8_mlps(x, up, down, flops, size):
         )
 
 
-def transposes():
+def transposes() -> Iterator[tuple[str, int, int, dict]]:
     """The transposed copies in the FP8 head's backward, and those of records 61 and 74, by GB/s."""
     for rows, columns, dtype in (
         (TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
@@ -122,7 +133,7 @@ def transposes():
         )
 
 
-def mlps():
+def mlps() -> Iterator[tuple[str, int, int, dict]]:
     """The ReLU^2 MLP, forward and backward, and where the GPU has FP8 units its FP8 forms."""
     x, up, down = (
         tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM**-0.5), tensor(DIM, HIDDEN, scale=HIDDEN**-0.5)
@@ -137,7 +148,7 @@ def mlps():
         yield from fp8_mlps(x, up, down, flops, size)
 
 
-def losses():
+def losses() -> Iterator[tuple[str, int, int, dict]]:
     """The head with soft cap and cross entropy, forward and backward."""
     x, head, cap = tensor(TOKENS, DIM), tensor(VOCAB, DIM, scale=DIM ** -0.5), Softcap(form="sigmoid")
     targets = torch.randint(0, VOCAB, (TOKENS,), device=DEVICE)
@@ -160,7 +171,7 @@ def losses():
     )
 
 
-def muons():
+def muons() -> Iterator[tuple[str, int, int, dict]]:
     """Newton-Schulz of the banks of a 12-layer model, and the Gram matrix alone."""
     for n, rows, columns in ((24, DIM, HIDDEN), (44, DIM, DIM)):
         g = tensor(n, rows, columns).detach()
@@ -179,7 +190,7 @@ def muons():
         "torch": lambda: symmetric.gram_reference(a), "ours": lambda: symmetric.gram(a)}
 
 
-def rotary():
+def rotary() -> Iterator[tuple[str, int, int, dict]]:
     """QK norm and rotary of all tokens, forward and backward."""
     qkv, width = tensor(1, TOKENS, 3, HEADS, DIM // HEADS), DIM // HEADS
     upstream = [tensor(1, TOKENS, HEADS, width).detach() for _ in range(3)]
@@ -200,7 +211,7 @@ def rotary():
     )
 
 
-def mixtures():
+def mixtures() -> Iterator[tuple[str, int, int, dict]]:
     """The routed experts of a mixture, forward and backward."""
     count, k, width = 8, 2, 1024
     stack_up, stack_down = (
@@ -220,7 +231,7 @@ def mixtures():
     )
 
 
-def adams():
+def adams() -> Iterator[tuple[str, int, int, dict]]:
     """AdamW of a token table and of all small tensors' size, float32: four tensors read, three written."""
     for n in (VOCAB * DIM, 12 * DIM * DIM):
         p, g, m, v = (torch.rand(n, device=DEVICE) for _ in range(4))
@@ -242,7 +253,7 @@ def adams():
 
 # ----- attention --------------------------------------------------------------------------------------------
 
-def pairs(documents, window, rows, tokens):
+def pairs(documents: np.ndarray | None, window: attention.Window, rows: int, tokens: int) -> int:
     """How many (query, key) pairs are visible. documents: (rows, tokens) ids, an array, or None."""
     q = np.arange(tokens)
     first = np.zeros((rows, tokens), np.int64)
@@ -256,7 +267,7 @@ def pairs(documents, window, rows, tokens):
     return int((q - first + 1).sum())
 
 
-def some_documents(rows, tokens, longest):
+def some_documents(rows: int, tokens: int, longest: int | None) -> np.ndarray:
     """(rows, tokens) int32 ids of documents as long as FineWeb's."""
     ends = np.cumsum(measure.lengths(np.random.default_rng(0), rows * tokens // 8, longest))
     return (
@@ -264,7 +275,7 @@ def some_documents(rows, tokens, longest):
     )
 
 
-def windows_of(s):
+def windows_of(s: Settings) -> dict[str, attention.Window]:
     """{name: Window} that layers of the record see in the last training step."""
     w = schedule.windows(s, s.schedule.steps)
     if w is None:
@@ -273,7 +284,7 @@ def windows_of(s):
     return {plan.span_text(span): attention.Window(*span, block) for span in (w.long, w.short)}
 
 
-def attentions():
+def attentions() -> Iterator[tuple[str, int, int, dict]]:
     """Forward and backward of a layer's attention on a logical rank, every backend that can."""
     for ref in LANDMARKS:
         s = deltas.resolve(ref, scale=SCALE).settings
@@ -322,7 +333,9 @@ GROUPS = {
 }
 
 
-def timed(step, flops, size, peak, repeats):
+def timed(
+    step: Callable | Prepared, flops: int, size: int, peak: tuple[float, float] | None, repeats: int
+) -> dict:
     """The row of one way."""
     if isinstance(step, Prepared):
         try:
@@ -346,7 +359,7 @@ def timed(step, flops, size, peak, repeats):
     return row
 
 
-def rehearsed(way, step):
+def rehearsed(way: str, step: Callable | Prepared) -> dict:
     """The row of one way that is run once. What a CPU cannot do is said."""
     if DEVICE.type == "cpu" and way in ("ours", "compile"):
         return {"not_run": "is rehearsed on CUDA"}
@@ -359,7 +372,10 @@ def rehearsed(way, step):
     return {"ran": True}
 
 
-def cases(operations, peak, repeats, rehearse):
+def cases(
+    operations: Callable[[], Iterator[tuple[str, int, int, dict]]], peak: tuple[float, float] | None,
+    repeats: int, rehearse: bool
+) -> Iterator[tuple[dict, Callable]]:
     """Of bench/report.py: every way of every operation."""
     for operation, flops, size, ways in operations():
         for way, step in ways.items():
@@ -368,7 +384,7 @@ def cases(operations, peak, repeats, rehearse):
             )
 
 
-def show(row):
+def show(row: dict) -> str:
     """The printed line of a row."""
     head = f"{row['operation']:44} {row['way']:8}"
     if "not_run" in row:
@@ -381,7 +397,7 @@ def show(row):
     )
 
 
-def brief(rows):
+def brief(rows: list[dict]) -> list[dict]:
     """A row for each operation: milliseconds of every way, and the fastest one's largest share of a peak."""
     lines = []
     for operation in dict.fromkeys(r["operation"] for r in rows):
@@ -398,7 +414,7 @@ def brief(rows):
     return lines
 
 
-def main():
+def main() -> None:
     """Time the selected groups of operations; without a GPU only `--rehearse` runs anything."""
     p = arguments.Parser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20)

@@ -4,7 +4,9 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the trainer does, before torch loads its thread pool
@@ -27,13 +29,13 @@ LAG = 8  # places between a token of `repeating_shards` and the one that it repe
 L2 = 2 ** 28  # bytes, more than any card's L2 cache
 
 
-def wait():
+def wait() -> None:
     """Wait until the GPU has finished; does nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def seconds(step):
+def seconds(step: Callable[[], Any]) -> float:
     """Wall seconds of one call, until the device has done it."""
     wait()
     began = time.perf_counter()
@@ -42,7 +44,7 @@ def seconds(step):
     return time.perf_counter() - began
 
 
-def best(step, repeats):
+def best(step: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """(seconds of the first call, seconds of a later call).
 
     The second is the least of the repeats on a CPU, and the median of `queued` on a GPU.
@@ -53,7 +55,7 @@ def best(step, repeats):
     return first, min(seconds(step) for _ in range(repeats))
 
 
-def queued(step, repeats):
+def queued(step: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each call on the GPU's own clock (CUDA events).
 
     Python takes tens of microseconds for a call, as long as a small kernel runs: so the GPU is given a pause,
@@ -80,7 +82,7 @@ def queued(step, repeats):
     return times
 
 
-def about():
+def about() -> dict:
     """Hardware, versions and commit."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
@@ -89,13 +91,13 @@ def about():
     }
 
 
-def lengths(random, count, longest=None):
+def lengths(random: np.random.Generator, count: int, longest: int | None = None) -> np.ndarray:
     """(count,) lengths of documents as FineWeb has them."""
     drawn = random.lognormal(np.log(MEDIAN), SIGMA, count).astype(np.int64) + 2
     return drawn if longest is None else np.minimum(drawn, longest)
 
 
-def synthetic_shards(folder, train_tokens, val_tokens):
+def synthetic_shards(folder: Path, train_tokens: int, val_tokens: int) -> None:
     """Shards of random GPT-2 ids in documents of log-normal lengths.
 
     Their frequencies leave about as many distinct ids as text has, 11,000 in a record's 49,152 tokens: as
@@ -112,7 +114,7 @@ def synthetic_shards(folder, train_tokens, val_tokens):
     files.write(folder / "corpus.json", files.json_text({**GPT2, "name": "random tokens"}) + "\n")
 
 
-def repeating_shards(folder, train_tokens, val_tokens):
+def repeating_shards(folder: Path, train_tokens: int, val_tokens: int) -> None:
     """Shards of GPT-2 ids that a model learns from: frequencies after Zipf, and one token in four repeats the
     one LAG places before it. They are the same on every machine."""
     random = np.random.default_rng(1)

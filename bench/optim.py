@@ -10,7 +10,9 @@ import itertools
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import measure
 import torch
@@ -19,7 +21,7 @@ from common import arguments, console
 from optim import RULES
 from report import Report, stop_in_order
 from schedule import plan
-from settings import deltas
+from settings import Settings, deltas
 from updates import views
 
 POLAR = ["optim.muon.polar_express=true", "numerics.newton_schulz_form=symmetric"]
@@ -54,7 +56,9 @@ TORCH = {"torch AdamW, for-loop": dict(foreach=False), "torch AdamW, foreach": d
          "torch AdamW, fused": dict(fused=True)}
 
 
-def parameters(s, kind, layers, rows):
+def parameters(
+    s: Settings, kind: str, layers: int, rows: int
+) -> list[tuple[str, str, views.Views, torch.Tensor]]:
     """[(role, label, views, tensor)] of a kind of parameters."""
     if kind == "table":
         dtype = getattr(torch, s.numerics.table)
@@ -65,7 +69,7 @@ def parameters(s, kind, layers, rows):
             ("matrix", "c_proj", views.c_proj(s), torch.zeros(layers, 768, 3072, dtype=dtype))]
 
 
-def rule_case(kind, sets, layers, rows, device):
+def rule_case(kind: str, sets: list[str], layers: int, rows: int, device: str) -> tuple[Callable, int, int]:
     """(function that makes one update, numbers of parameters, bytes of state)."""
     s = deltas.resolve("short/33", sets=sets).settings
     of_step, updates, count, held = plan(s)[400], [], 0, 0
@@ -88,7 +92,7 @@ def rule_case(kind, sets, layers, rows, device):
     return update, count, held
 
 
-def torch_case(options, rows, device):
+def torch_case(options: dict[str, bool], rows: int, device: str) -> tuple[Callable, int, int]:
     """The same of torch's AdamW on the table."""
     p = torch.nn.Parameter(torch.randn(rows, 768, device=device) * 0.02)
     p.grad = torch.randn_like(p) * 1e-3
@@ -97,7 +101,7 @@ def torch_case(options, rows, device):
     return adam.step, p.numel(), sum(x.nbytes for x in adam.state[p].values() if x.dim())
 
 
-def peak_mib(update):
+def peak_mib(update: Callable[[], Any]) -> float | None:
     """MiB that an update holds at most on top of what was there; None where the system does not tell."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -119,7 +123,7 @@ def peak_mib(update):
 
 
 @torch.no_grad()
-def measured(case, repeats):
+def measured(case: tuple[Callable, int, int], repeats: int) -> dict:
     """Row of a case: its least time, its state, its peak."""
     update, count, held = case
     update()
@@ -138,7 +142,7 @@ def measured(case, repeats):
             "peak_mib": None if peak is None else round(peak, 1)}
 
 
-def main():
+def main() -> None:
     """Measure all rules and print a line for each."""
     p = arguments.Parser(prog="bench/optim.py", description=__doc__.splitlines()[0])
     p.add_argument("--layers", type=arguments.integer(1, 1000), default=1)

@@ -11,7 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import measure  # first: it finds the repository
 import torch
@@ -29,7 +32,10 @@ class Report:
     rows are continued (`resume`; `checked`: only if the same code on the same device made them). brief: what
     of the rows the Markdown shows. tables: what else the JSON says."""
 
-    def __init__(self, path, title, *, resume=False, checked=False, brief=None, **tables):
+    def __init__(
+        self, path: str | Path | None, title: str, *, resume: bool = False, checked: bool = False,
+        brief: Callable[[list[dict]], list[dict]] | None = None, **tables
+    ) -> None:
         self.path, self.title, self.brief = path and Path(path), title, brief or (lambda rows: rows)
         self.rows, self.failed, self.tables, self.about = [], [], tables, None
         if self.path:
@@ -40,7 +46,7 @@ class Report:
                 for old in (self.path, self.markdown_path()):
                     old.unlink(missing_ok=True)
 
-    def continues(self):
+    def continues(self) -> bool:
         """Are the rows of the file of this code, device, torch and arguments? Others are made anew."""
         if not self.path.exists():
             return False
@@ -48,7 +54,7 @@ class Report:
         return all(found["about"].get(name) == here[name] for name in ("device", "torch", "code")) and all(
             found.get(name) == value for name, value in self.tables.items() if name != "done")
 
-    def read(self):
+    def read(self) -> None:
         """The rows that are in the file."""
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
@@ -57,17 +63,17 @@ class Report:
                 k: v for k, v in found.items() if k not in ("about", "complete", "rows", "failed")
             }
 
-    def markdown_path(self):
+    def markdown_path(self) -> Path:
         return self.path.with_suffix(".md")
 
-    def add(self, row):
+    def add(self, row: dict) -> None:
         """A row, to be told from others by its fields; with `failed`, why it has no result or a wrong one."""
         (self.failed if "failed" in row else self.rows).append(row)
         if "failed" in row:
             print(f"FAILED {label(row)}: {row['failed']}", flush=True)
         self.write()
 
-    def attempt(self, fields, case):
+    def attempt(self, fields: dict, case: Callable[[], dict]) -> dict:
         """Add {**fields, **case()}, or what it raised; returns the row."""
         try:
             row = {**fields, **case()}
@@ -79,7 +85,7 @@ class Report:
         self.add(row)
         return row
 
-    def write(self, complete=False):
+    def write(self, complete: bool = False) -> None:
         if not self.path:
             return
         self.about = self.about or measure.about()
@@ -90,14 +96,14 @@ class Report:
         files.write(self.markdown_path(),
                     markdown(self.title, self.about, self.brief(self.rows), self.failed, complete))
 
-    def finish(self):
+    def finish(self) -> int:
         """Write that nothing is missing, say how much failed; returns the exit code."""
         self.write(complete=True)
         print(f"{len(self.rows) + len(self.failed)} rows, {len(self.failed)} failed", flush=True)
         return int(bool(self.failed))
 
 
-def stop_in_order():
+def stop_in_order() -> None:
     """Make SIGTERM end the bench with a row for the running case, and without temporary files.
 
     bench/gpu.sh sends it to a part whose time is over.
@@ -105,7 +111,7 @@ def stop_in_order():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """One line: what it is and the first one that it says, with the next where that only
     announces one (the compiler)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -114,14 +120,14 @@ def first_line(error):
         error, UserError) else f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def label(row):
+def label(row: dict) -> str:
     """What a row is about: its texts."""
     return ", ".join(v for k, v in row.items() if isinstance(v, str) and k not in ("failed", "group"))
 
 
 # ----- Markdown ---------------------------------------------------------------------------------------------
 
-def markdown(title, about, rows, failed, complete):
+def markdown(title: str, about: dict, rows: list[dict], failed: list[dict], complete: bool) -> str:
     """A page: what was measured on what, the rows, what failed."""
     lines = [
         f"# {title}",
@@ -136,7 +142,7 @@ def markdown(title, about, rows, failed, complete):
     return "\n".join(lines) + "\n"
 
 
-def table(rows):
+def table(rows: list[dict]) -> list[str]:
     """Lines of a Markdown table; dicts inside a row become columns of their own."""
     rows = [flat(row) for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -144,7 +150,7 @@ def table(rows):
     return ["| " + " | ".join(line) + " |" for line in lines] if rows else ["nothing"]
 
 
-def flat(row, before=""):
+def flat(row: dict, before: str = "") -> dict:
     """The row with nested dicts merged into it; their keys get the outer name in front."""
     out = {}
     for name, value in row.items():
@@ -152,7 +158,7 @@ def flat(row, before=""):
     return out
 
 
-def cell(value):
+def cell(value: Any) -> str:
     """A value as the text of a Markdown table's cell."""
     if value is None:
         return ""
@@ -164,14 +170,14 @@ def cell(value):
 
 # ----- groups of cases in processes of their own ------------------------------------------------------------
 
-def add_resume(p):
+def add_resume(p: ArgumentParser) -> None:
     """The option of the benches that can be stopped and go on."""
     p.add_argument("--resume", action="store_true",
                    help="keep the rows of a bench that was stopped, if the same code on the same device made "
                    "them")
 
 
-def add_arguments(p, groups):
+def add_arguments(p: ArgumentParser, groups: Collection[str]) -> None:
     """The options of a bench whose groups run in processes of their own (`run`)."""
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
@@ -180,7 +186,10 @@ def add_arguments(p, groups):
                    help="used by the bench itself: run these groups in this process")
 
 
-def run(o, groups, title, *, show, brief=None, **tables):
+def run(
+    o: Namespace, groups: Mapping[str, Callable], title: str, *, show: Callable[[dict], str],
+    brief: Callable[[list[dict]], list[dict]] | None = None, **tables
+) -> int:
     """Run the groups of a bench, in processes of their own, and return the exit code.
 
     o: the options, those of add_arguments among them.
@@ -202,7 +211,7 @@ def run(o, groups, title, *, show, brief=None, **tables):
         return report.finish()
 
 
-def supervise(report, left):
+def supervise(report: Report, left: list[str]) -> None:
     """Start processes until every group was run to its end, or enough of them died."""
     stuck = None
     for _ in range(PROCESSES if left else 0):
@@ -228,7 +237,7 @@ def supervise(report, left):
                 "failed": f"not run: {PROCESSES} processes died"})
 
 
-def call(command):
+def call(command: list[str]) -> int:
     """Exit code of a program, which is given time to write its last row when this one is
     stopped (`timeout` signals both)."""
     process = subprocess.Popen(command)
@@ -242,7 +251,7 @@ def call(command):
         raise
 
 
-def counts(report):
+def counts(report: Report) -> dict[str, int]:
     """How many cases of each group have a row."""
     found = {}
     for row in report.rows + report.failed:
@@ -250,7 +259,9 @@ def counts(report):
     return found
 
 
-def child(report, groups, names, show):
+def child(
+    report: Report, groups: Mapping[str, Callable], names: list[str], show: Callable[[dict], str]
+) -> int:
     """Run these groups, without the cases that have a row already. Returns the exit code."""
     had = counts(report)
     for name in names:
@@ -275,7 +286,7 @@ def child(report, groups, names, show):
     return 0
 
 
-def alive():
+def alive() -> bool:
     """Can this process still use its GPU? After an illegal access every call raises, and after a failed
     capture of a CUDA graph every draw of a random number."""
     if not torch.cuda.is_available():

@@ -22,7 +22,7 @@ OPEN = {".xz": lzma.open, ".gz": gzip.open}
 TOKENS = 48_000_000, 2_200_000
 
 
-def prepare(folder, data):
+def prepare(folder: str | Path, data: str | Path | None) -> Path:
     """The folder of shards. UserError if there are none, or broken ones."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def prepare(folder, data):
     return data
 
 
-def main():
+def main() -> None:
     """Prepare the folder of shards and print what it holds."""
     p = arguments.Parser(prog="bench/shards.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("folder", metavar="FOLDER")

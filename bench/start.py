@@ -12,6 +12,8 @@ on random tokens.
 import resource
 import shutil
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import steps
@@ -23,13 +25,13 @@ from common.errors import UserError
 PARTS = ("imports", "data", "dynamo", "inductor", "kernels", "autotune", "first_runs")
 
 
-def cpu_seconds():
+def cpu_seconds() -> float:
     """Of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-def figures(summary, cpu):
+def figures(summary: dict, cpu: float) -> dict:
     """Where the start of one training went, in seconds (system.compiler.account says what each part is)."""
     reset = summary["reset"]
     start, cost = (reset["start_ms"] + reset["warmup_ms"]) / 1000, reset.get("compile") or {}
@@ -41,7 +43,7 @@ def figures(summary, cpu):
             "graphs": reset["graphs"], "hits": cost.get("hits", 0), "misses": cost.get("misses", 0)}
 
 
-def measured(ref, kind, o, data, caches, scratch):
+def measured(ref: str, kind: str, o: Namespace, data: Path, caches: Path, scratch: str) -> dict:
     """Print and return the row of one start."""
     file, before = Path(scratch) / f"{ref.replace('/', '-')}.zip", cpu_seconds()
     if kind == "file" and not file.exists():
@@ -54,7 +56,7 @@ def measured(ref, kind, o, data, caches, scratch):
     return row | {"file_mib": round(file.stat().st_size / 2 ** 20, 2)} if kind == "file" else row
 
 
-def cases(ref, o, data, scratch):
+def cases(ref: str, o: Namespace, data: Path, scratch: str) -> Iterator[tuple[dict, Callable]]:
     """Cold, warm and file of one record."""
     caches = steps.place(o.caches or Path(scratch) / "caches", ref)
     shutil.rmtree(caches, ignore_errors=True)  # of an earlier bench
@@ -63,7 +65,7 @@ def cases(ref, o, data, scratch):
         yield {"record": ref, "kind": kind}, lambda: measured(ref, kind, o, data, folder, scratch)
 
 
-def main():
+def main() -> None:
     """Print, for each record, the seconds of each part of a start."""
     p = arguments.Parser(prog="bench/start.py", description=__doc__.partition("\n\n")[0])
     steps.add_arguments(p, 4)

@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import measure
@@ -29,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")
 
 
-def shards(o, scratch):
+def shards(o: Namespace, scratch: str) -> Path:
     """The folder of shards: --data, otherwise random ones where the scale has no corpus of its own."""
     if o.data is None and o.scale in ("full", "small"):
         sizes = (deltas.resolve(ref, scale=o.scale).settings.data.tokens_per_rank for ref in o.records)
@@ -38,17 +40,20 @@ def shards(o, scratch):
     return Path(o.data or scratch).absolute()
 
 
-def place(caches, ref):
+def place(caches: str | Path, ref: str) -> Path:
     """Where a record's compiled code is kept."""
     return Path(caches).absolute() / ref.replace("/", "-")
 
 
-def validation_tokens(ref, scale):
+def validation_tokens(ref: str, scale: str) -> int:
     """As few as a record can: one chunk of the trainer's, or one row, for each logical rank."""
     return LOGICAL_RANKS * max(32768, deltas.resolve(ref, scale=scale).settings.validation.seq_len)
 
 
-def train(ref, o, data, caches, out, more=(), validations=2):
+def train(
+    ref: str, o: Namespace, data: Path, caches: Path | None, out: Path, more: Sequence[str] = (),
+    validations: int = 2
+) -> tuple[dict, list[dict]]:
     """(summary, events) of one training, or UserError with its last line on stderr.
 
     caches: folder of compiled code; None: the trainer's usual one. more: arguments of the trainer.
@@ -90,7 +95,7 @@ def train(ref, o, data, caches, out, more=(), validations=2):
     return summary, events
 
 
-def so_far(out):
+def so_far(out: Path) -> str:
     """What the log of a training that was stopped says of its last validation."""
     for path in files.listed(out, "*/run.jsonl"):
         # a last line that is not whole is not read
@@ -104,7 +109,7 @@ def so_far(out):
     return ", before the clock started"
 
 
-def figures(summary, events):
+def figures(summary: dict, events: list[dict]) -> dict:
     """What one training says."""
     points = [(e["step"], e["train_time_ms"]) for e in events if e["kind"] == "validation"]
     (s0, t0), (s1, t1) = points[-2:]
@@ -117,7 +122,7 @@ def figures(summary, events):
     }
 
 
-def measured(ref, o, data, caches, out, more):
+def measured(ref: str, o: Namespace, data: Path, caches: Path, out: Path, more: Sequence[str]) -> dict:
     """Print and return the row of a record."""
     # `warm` is what --plan reads: figures of steps, for which everything has been compiled
     summary, events = train(ref, o, data, caches, out, more)
@@ -139,7 +144,7 @@ def measured(ref, o, data, caches, out, more):
     return row
 
 
-def cases(ref, o, data, scratch):
+def cases(ref: str, o: Namespace, data: Path, scratch: str) -> Iterator[tuple[dict, Callable]]:
     """The row of a record; with --check-sync one more, without the check, if a step waits for the GPU."""
     caches, waits = place(o.caches or Path(scratch) / "caches", ref), []
 
@@ -157,7 +162,9 @@ def cases(ref, o, data, scratch):
     yield {"record": ref}, lambda: measured(ref, o, data, caches, place(Path(scratch) / "runs", ref), [])
 
 
-def add_arguments(p, steps, records=LANDMARKS, scale="full"):
+def add_arguments(
+    p: ArgumentParser, steps: int, records: tuple[str, ...] = LANDMARKS, scale: str = "full"
+) -> None:
     """What the benches of trainings share."""
     p.add_argument("records", nargs="*", default=records, metavar="RECORD")
     p.add_argument("--scale", default=scale)
@@ -172,7 +179,7 @@ def add_arguments(p, steps, records=LANDMARKS, scale="full"):
     add_resume(p)
 
 
-def run(o, title, cases):
+def run(o: Namespace, title: str, cases: Callable[..., Iterator[tuple[dict, Callable]]]) -> int:
     """Exit code. cases: function of (record, o, data, scratch) that yields (fields, case) of each row."""
     stop_in_order()
     report = Report(o.out, title, resume=o.resume, checked=True, scale=o.scale, steps=o.steps,
@@ -191,7 +198,7 @@ def run(o, title, cases):
     return report.finish()
 
 
-def main():
+def main() -> None:
     """Print the milliseconds per step of each record."""
     p = arguments.Parser(prog="bench/steps.py", description=__doc__.partition("\n\n")[0])
     add_arguments(p, 16)

@@ -7,6 +7,7 @@ over repeats.
 
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 
 import measure
 import torch
@@ -29,7 +30,9 @@ from settings import deltas
 from settings.scales import SCALES
 
 
-def record_step(ref, precision, compiled, microbatch=8, sets=()):
+def record_step(
+    ref: str, precision: str, compiled: bool, microbatch: int = 8, sets: Sequence[str] = ()
+) -> tuple[Callable[[], None], int]:
     """(one training step as a function, tokens per step) of a record at tiny scale.
 
     microbatch: logical ranks in a forward. The tokens are real, because documents and so attention depend on
@@ -77,7 +80,7 @@ SHAPES = {
 }
 
 
-def block_step(precision, compiled):
+def block_step(precision: str, compiled: bool) -> tuple[Callable[[], None], int]:
     """(forward and backward of one full-width record-11 block on 2 x 1024 tokens, tokens)."""
     s = deltas.resolve("short/11", sets=[f"system.precision={precision}"]).settings
     spec = layer_specs(s)[0]
@@ -96,7 +99,7 @@ def block_step(precision, compiled):
     return (lambda: forward(x).float().square().mean().backward()), 2048
 
 
-def harness_ms():
+def harness_ms() -> tuple[float, float]:
     """Milliseconds per step at scale tiny: (the batch with digests, the log line of each validation)."""
     s = deltas.resolve("short/11", scale="tiny").settings
     stream = Stream(sample_corpus(), ranks=range(8), **stream_arguments(s))
@@ -117,7 +120,7 @@ def harness_ms():
     return 1000 * batch, 1000 * line / s.validation.every
 
 
-def main():
+def main() -> None:
     """Print the tokens per second of each kind of training step."""
     p = arguments.Parser(prog="bench/throughput.py", description=__doc__.splitlines()[0])
     p.add_argument("--quick", action="store_true", help="eager only, three repeats")

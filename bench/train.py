@@ -7,6 +7,8 @@ compared with those that a CPU had in float32.
 """
 
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import reference
@@ -15,7 +17,7 @@ import steps
 from common import arguments, console
 
 
-def curve(summary, events):
+def curve(summary: dict, events: list[dict]) -> dict:
     """What the log has of a training, and every validation as `step: loss (seconds)`."""
     points = [e for e in events if e["kind"] == "validation"]
     return {
@@ -33,7 +35,7 @@ def curve(summary, events):
     }
 
 
-def measured(ref, o, data, scratch):
+def measured(ref: str, o: Namespace, data: Path, scratch: str) -> dict:
     """Train one record and return its row: `curve`, with `--reference` also the comparison."""
     caches = steps.place(o.caches, ref) if o.caches else None  # None: those that every training uses
     if o.reference:
@@ -51,12 +53,12 @@ def measured(ref, o, data, scratch):
     return row
 
 
-def cases(ref, *where):
+def cases(ref: str, *where) -> Iterator[tuple[dict, Callable]]:
     """The one row of a record."""
     yield {"record": ref}, lambda: measured(ref, *where)
 
 
-def main():
+def main() -> None:
     """Train the records one after the other and exit with the bench's code."""
     p = arguments.Parser(prog="bench/train.py", description=__doc__.partition("\n\n")[0])
     steps.add_arguments(p, 200, (reference.RECORD,), "small")

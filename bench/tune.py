@@ -9,7 +9,10 @@ import functools
 import itertools
 import random
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
+from typing import Any
 
 import measure  # first: it finds the repository
 import report
@@ -20,21 +23,21 @@ from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
 from kernels.device import FP8_SINCE, capability
 from model import without_values
 from optim import Optimizer
-from settings import deltas
+from settings import Settings, deltas
 from settings.model import head_dim, padded_vocab
 
 DEVICE, TOKENS = torch.device("cuda"), 65536
 GAIN = 0.98  # a tile must be this much faster than the default to be kept: less is noise
 
 
-def tensor(*shape):
+def tensor(*shape: int) -> torch.Tensor:
     """Normal bfloat16 tensor on the GPU."""
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
 # Each yields (dtype, sizes of tiles.key, default tile, step).
 
-def symmetric_cases(s):
+def symmetric_cases(s: Settings) -> Iterator[tuple]:
     """Gram matrices of the banks that Muon updates, and their squares."""
     banks = Optimizer(without_values(s), s).banks
     shapes = {(len(piece), *sorted(piece.shape[1:])) for bank in banks if bank.rule.name == "muon"
@@ -47,7 +50,7 @@ def symmetric_cases(s):
         )
 
 
-def linear_cases(s):
+def linear_cases(s: Settings) -> Iterator[tuple]:
     """The up projection of the MLP with ReLU^2, forward and the gradient's product."""
     d = s.model.model_dim
     f = s.model.mlp.expansion * d
@@ -57,7 +60,7 @@ def linear_cases(s):
            lambda: (linear_relu_sq.forward(x, up), linear_relu_sq.product_gradient(g, down.t(), p)))
 
 
-def fp8_linear_cases(s):
+def fp8_linear_cases(s: Settings) -> Iterator[tuple]:
     """e4m3 operands, as numerics.fp8_mlp.c_proj asks: P in both precisions."""
     if capability(DEVICE) < FP8_SINCE:
         return
@@ -73,7 +76,7 @@ def fp8_linear_cases(s):
     )
 
 
-def loss_cases(s):
+def loss_cases(s: Settings) -> Iterator[tuple]:
     """The cross entropy of up to 8,192 tokens, forward and backward."""
     classes = padded_vocab(s)
     rows = min(8192, TOKENS)
@@ -92,7 +95,7 @@ def loss_cases(s):
     yield x.dtype, (classes,), cross_entropy.DEFAULT, step
 
 
-def rotary_cases(s):
+def rotary_cases(s: Settings) -> Iterator[tuple]:
     """QK norm and rotary of one row, forward and backward."""
     heads, width = s.model.attn.num_heads, head_dim(s)
     qkv, tables = (
@@ -107,7 +110,7 @@ def rotary_cases(s):
     yield qkv.dtype, (heads, width), qk_rotary.DEFAULT, step
 
 
-def grid(tile, *values):
+def grid(tile: type[tuple], *values) -> list[tuple]:
     """All combinations of the values as tiles (a NamedTuple)."""
     return [tile(*t) for t in itertools.product(*values)]
 
@@ -128,7 +131,10 @@ OPERATIONS = {
 }
 
 
-def fastest(operation, step, candidates, default, time, limit=float("inf")):
+def fastest(
+    operation: str, step: Callable[[], Any], candidates: Sequence[tuple], default: tuple,
+    time: Callable[[Callable], float], limit: float = float("inf")
+) -> tuple[tuple, float, float, int]:
     """(fastest tile, its milliseconds, those of the default, number of tiles tried).
 
     time: function (step) -> seconds. limit: seconds after which no other tile is tried.
@@ -155,7 +161,10 @@ def fastest(operation, step, candidates, default, time, limit=float("inf")):
     return best, 1000 * least, 1000 * base, tried
 
 
-def tuned(name, operation, step, candidates, default, o):
+def tuned(
+    name: str, operation: str, step: Callable[[], Any], candidates: Sequence[tuple], default: tuple,
+    o: Namespace
+) -> dict:
     """The row of one shape; what is faster is kept at once."""
     time = lambda step: measure.best(step, o.repeats)[1]
     tile, ms, base, tried = fastest(operation, step, candidates, default, time, o.limit)
@@ -165,7 +174,7 @@ def tuned(name, operation, step, candidates, default, o):
     return {**row, "default": list(default), "tried": f"{tried} of {len(candidates)}"}
 
 
-def cases_of(operation, o):
+def cases_of(operation: str, o: Namespace) -> Iterator[tuple[dict, Callable]]:
     """The cases of an operation for bench/report.py: each of its shapes in the records, once."""
     cases, candidates = OPERATIONS[operation]
     # those left out where time is short are no particular ones
@@ -178,13 +187,13 @@ def cases_of(operation, o):
                 yield {"shape": name}, lambda: tuned(name, operation, step, candidates, default, o)
 
 
-def show(row):
+def show(row: dict) -> str:
     """The printed line of a row."""
     return (f"{row['shape']:44} {row['default_ms']:8.3f} ms {tuple(row['default'])} -> {row['ms']:8.3f} ms "
             f"{tuple(row['tile'])}, tried {row['tried']}")
 
 
-def main():
+def main() -> None:
     """Try the tiles of the selected operations and keep the fastest; without a GPU only list them."""
     p = arguments.Parser(prog="bench/tune.py", description=__doc__.splitlines()[0])
     p.add_argument("--records", nargs="+", default=["short/11", "short/33"], metavar="RECORD")

@@ -148,7 +148,7 @@ def child(case: dict) -> None:
 class Side:
     """A process that makes a step of one side when it is asked to."""
 
-    def __init__(self, case: dict, side: str):
+    def __init__(self, case: dict, side: str) -> None:
         self.name = side
         self.said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
@@ -156,7 +156,7 @@ class Side:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
         )
 
-    def answer(self):
+    def answer(self) -> float:
         """The next line of the process, read. RuntimeError with its last words if it has ended."""
         line = self.process.stdout.readline()
         if not line:

@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, NoReturn
 
 import runlog
 from common import errors, files, repository
@@ -39,12 +41,12 @@ KEEP_DAYS = 7  # of a worktree since a run was last started from it
 NOT_COMMITTED = ("*.py", "*.toml")  # untracked files that --allow-dirty takes along
 
 
-def hash_of(data):
+def hash_of(data: bytes | str) -> str:
     """SHA-256 in hex of bytes or of text in UTF-8."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()
 
 
-def cache():
+def cache() -> Path:
     """Folder for worktrees and compile caches: $SPEEDRUN_CACHE, otherwise data/cache in the checkout."""
     return Path(os.environ.get("SPEEDRUN_CACHE") or ROOT / "data" / "cache").absolute()
 
@@ -58,10 +60,10 @@ class Typed:
     kind: str
     ref: str | None
     path: str | None
-    argv: tuple
+    argv: tuple[str, ...]
 
 
-def parse(text):
+def parse(text: str) -> Typed:
     """The Typed arm of a text, or a UserError that names what is wrong with it."""
     try:
         words = shlex.split(text)
@@ -84,11 +86,11 @@ def parse(text):
 
 class Refusing(argparse.ArgumentParser):
     """A parser that raises UserError where argparse would exit."""
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def changes(text, words):
+def changes(text: str, words: list[str]) -> list[str]:
     """The words of an arm's changes, checked to be --with, --without,
     --set and --revert with a value each."""
     p = Refusing(add_help=False, allow_abbrev=False)
@@ -111,17 +113,17 @@ def changes(text, words):
 
 # ----- git --------------------------------------------------------------------------------------------------
 
-def git(*args, cwd=None, **options):
+def git(*args: str, cwd: Path | str | None = None, **options: Any) -> bytes:
     """Output of a git command in this checkout or another folder (repository.git)."""
     return repository.git(*args, cwd=cwd or ROOT, **options)
 
 
-def line(*args, cwd=None, **options):
+def line(*args: str, cwd: Path | str | None = None, **options: Any) -> str:
     """First line of a git command's output in `cwd` (default: this checkout), as repository.line."""
     return repository.line(*args, cwd=cwd or ROOT, **options)
 
 
-def is_checkout():
+def is_checkout() -> bool:
     """Is this program a git checkout of its own? A UserError if it is one that git cannot read."""
     if repository.is_project(ROOT):
         return True
@@ -130,7 +132,7 @@ def is_checkout():
     return False
 
 
-def commit_of(ref):
+def commit_of(ref: str) -> str:
     """Full commit hash of a git ref; a UserError names near refs."""
     if not is_checkout():
         raise UserError(
@@ -144,7 +146,7 @@ def commit_of(ref):
         ) from None
 
 
-def changed_files():
+def changed_files() -> list[str]:
     """Tracked files that differ from HEAD, as git names them."""
     return [
         x[3:] for x in git("status", "--porcelain", "--untracked-files=no", "-z").decode().split("\0")
@@ -152,7 +154,7 @@ def changed_files():
     ]
 
 
-def work_tree(allow_dirty):
+def work_tree(allow_dirty: bool) -> tuple[str, str, bytes | None]:
     """(commit, tree, patch or None) of the present work tree; refuses uncommitted changes unless allowed.
 
     The patch holds all changes of tracked files and the untracked *.py and *.toml, which would be missing
@@ -181,7 +183,7 @@ def work_tree(allow_dirty):
     return head, tree, git("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", head, tree)
 
 
-def checkout(commit, tree, patch=None):
+def checkout(commit: str, tree: str, patch: bytes | None = None) -> Path:
     """Folder with this program's code at a commit (with a patch applied): a git worktree in the cache,
     made once.
 
@@ -212,7 +214,7 @@ def checkout(commit, tree, patch=None):
     return path
 
 
-def forget(base, home):
+def forget(base: Path, home: str) -> None:
     """Remove this repository's worktrees that no run has asked for in KEEP_DAYS;
     they are made again when needed."""
     for path in files.listed(base, f"{home}-*"):
@@ -221,7 +223,7 @@ def forget(base, home):
                 git("worktree", "remove", "--force", str(path))
 
 
-def intact(path, commit, tree):
+def intact(path: Path, commit: str, tree: str) -> bool:
     """Is the worktree at this commit, with exactly this tree, nothing edited and nothing added?"""
     if not (path / ".git").exists():
         return False
@@ -234,7 +236,7 @@ def intact(path, commit, tree):
         return False
 
 
-def code_diff(a, b):
+def code_diff(a: dict, b: dict) -> str:
     """Text of the difference of two arms' code, '' if there is none (or one is a script)."""
     if "script" in (a["kind"], b["kind"]) or None in (a.get("tree"), b.get("tree")) or a["tree"] == b["tree"]:
         return ""
@@ -266,7 +268,7 @@ print(json.dumps({"record": resolved.record.ref, "title": resolved.record.title,
 """
 
 
-def resolve(place, argv, text):
+def resolve(place: Path, argv: list[str], text: str) -> dict:
     """What the code in a checkout makes of a record and its changes: settings, hashes,
     the lines of its report."""
     if not any((place / name).exists() for name in ("settings/deltas.py", "deltas.py")):
@@ -283,7 +285,9 @@ def resolve(place, argv, text):
         raise UserError(f"arm {text!r}: its code cannot resolve settings ({said})") from None
 
 
-def prepare(text, scale=None, allow_dirty=False):
+def prepare(
+    text: str, scale: str | None = None, allow_dirty: bool = False
+) -> tuple[dict, bytes | None]:
     """(arm for a declaration, patch or None): everything checked and resolved, in the arm's own checkout."""
     typed = parse(text)
     if typed.kind == "script":
@@ -317,7 +321,7 @@ def prepare(text, scale=None, allow_dirty=False):
     }, patch
 
 
-def prepare_script(typed):
+def prepare_script(typed: Typed) -> dict:
     """The declaration of an arm `script:PATH [arguments]`: its file's hash and the commit that it lies in."""
     path = Path(typed.path)
     try:
@@ -338,7 +342,7 @@ def prepare_script(typed):
     }
 
 
-def same(a, b):
+def same(a: dict, b: dict) -> bool:
     """Do two arms run the same program with the same settings? (The target of validation
     makes no difference.)"""
     if a["kind"] != b["kind"]:
@@ -348,17 +352,17 @@ def same(a, b):
     return all(a.get(k) == b.get(k) for k in ("ml_hash", "system_hash", "tree"))
 
 
-def takes_seed(arm):
+def takes_seed(arm: dict) -> bool:
     """True if runs of the arm can differ in their seed."""
     return arm["kind"] == "record" or any("{seed}" in word for word in arm["argv"])
 
 
-def patch_path(folder, arm):
+def patch_path(folder: Path | str, arm: dict) -> Path:
     """Where the claim folder keeps the uncommitted changes of an arm."""
     return Path(folder) / f"dirty-{arm['dirty'][:16]}.diff"
 
 
-def place_of(arm, folder):
+def place_of(arm: dict, folder: Path | str) -> Path:
     """Where a declared arm is run. The code must still be the declared one: checked before every run."""
     if arm["kind"] == "script":
         path = (ROOT / arm["path"]).resolve()
@@ -381,7 +385,7 @@ def place_of(arm, folder):
 
 # ----- one run ----------------------------------------------------------------------------------------------
 
-def environment():
+def environment() -> dict[str, str]:
     """The variables of this process that change numbers or times (runlog.environment)."""
     return runlog.environment()
 
@@ -391,14 +395,14 @@ class Started:
     """A run under way: its process, where it writes, and its standard error."""
     process: subprocess.Popen
     folder: Path | None  # of a script; the trainer makes its own
-    output: object
-    errors: object
+    output: IO[bytes]
+    errors: IO[bytes]
 
-    def last_line(self):
+    def last_line(self) -> str:
         """The last whole line on its standard output, '' before there is one."""
         return (tail(self.output).rpartition("\n")[0].splitlines() or [""])[-1]
 
-    def complaint(self):
+    def complaint(self) -> str:
         """The last line of standard error that says something."""
         lines = [x.strip() for x in tail(self.errors).splitlines() if x.strip()]
         said = (
@@ -408,19 +412,22 @@ class Started:
         return (said or ["it said nothing"])[-1].removeprefix("error: ")
 
 
-def tail(file, size=65536):
+def tail(file: IO[bytes], size: int = 65536) -> str:
     """The last `size` bytes of an open file as text."""
     end = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), size, max(0, end - size)).decode(errors="replace")
 
 
-def script_folder(arm, run, seed, registered):
+def script_folder(arm: dict, run: int, seed: int, registered: str) -> str:
     """Name of a script's run folder: known before it starts, so that it is found again after a kill."""
     return f"run{run:03d}_{Path(arm['path']).stem}_s{seed}_{registered[:12]}"
 
 
-def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=None, variables=None,
-          keep_open=()):
+def start(
+    arm: dict, place: Path, runs: Path | str, *, seed: int, registered: str = "", run: int = 0,
+    processes: int | None = None, data: Path | str | None = None, variables: dict[str, str] | None = None,
+    keep_open: Sequence[int] = ()
+) -> Started:
     """Start one run of an arm, its output in files, in a session of its own (Ctrl-C reaches
     this program only).
 
@@ -475,7 +482,7 @@ LOST = {
 }
 
 
-def find_run(runs, registered):
+def find_run(runs: Path | str, registered: str) -> str | None:
     """Name of the run folder whose start event carries this registration, or None."""
     for path in reversed(files.listed(runs, "*/run.jsonl")):
         try:
@@ -487,7 +494,7 @@ def find_run(runs, registered):
     return None
 
 
-def collect(arm, runs, folder):
+def collect(arm: dict, runs: Path | str, folder: str | None) -> dict:
     """Result of a run from its folder (a name under runs, or None): LOST with what is known filled in.
 
     status: finished or diverged, which have told their loss; interrupted; failed with a note that says how.
@@ -512,7 +519,7 @@ def collect(arm, runs, folder):
     return {**out, "status": last["status"], "val_loss": loss, "train_time_ms": last["train_time_ms"]}
 
 
-def collect_script(folder):
+def collect_script(folder: Path) -> dict:
     """The result of a script's run: its loss curve, read from the text that it printed (log.txt)."""
     try:
         log, digest = textlog.read(folder / "log.txt")
@@ -529,7 +536,7 @@ def collect_script(folder):
     return {**out, "status": "finished", "val_loss": log["val_loss"], "train_time_ms": log["train_time_ms"]}
 
 
-def contradiction(arm, seed, registered, start):
+def contradiction(arm: dict, seed: int, registered: str, start: dict) -> str:
     """How a run's start event differs from what was declared for it, or ''."""
     expected = {
         "ml_hash": arm["ml_hash"], "system_hash": arm["system_hash"], "seed": seed, "registered": registered
@@ -540,7 +547,7 @@ def contradiction(arm, seed, registered, start):
                      if start.get(k) != v)
 
 
-def cause_of(code, said, stopped):
+def cause_of(code: int, said: str, stopped: bool) -> str | None:
     """Cause of a run's end without a loss, if it lies outside the run: one of manifest.CAUSES, or None."""
     if stopped:
         return "interrupted"
@@ -559,7 +566,7 @@ def cause_of(code, said, stopped):
 
 # ----- hardware ---------------------------------------------------------------------------------------------
 
-def hardware(start):
+def hardware(start: dict) -> dict:
     """What two runs must share to be compared: machine, processor, devices, torch.
     Threads are the settings' business."""
     device = start["device"]
@@ -569,7 +576,7 @@ def hardware(start):
     }
 
 
-def corpus_prefixes(folder):
+def corpus_prefixes(folder: Path | str) -> list[str]:
     """Digests of the first 1, 2, ... shards of a corpus: runs of different length read
     different shares of it."""
     from data.shards import corpus_digest, open_corpus
@@ -577,7 +584,7 @@ def corpus_prefixes(folder):
     return [corpus_digest(corpus, used) for used in range(1, len(corpus.train) + 1)]
 
 
-def incomparable(a, b, prefixes=None):
+def incomparable(a: dict, b: dict, prefixes: list[str] | None = None) -> str:
     """Why the runs of two start events cannot be compared, or ''. prefixes:
     corpus_prefixes of the declared corpus."""
     for name, left in hardware(a).items():
@@ -592,7 +599,7 @@ def incomparable(a, b, prefixes=None):
     return ""
 
 
-def gpus():
+def gpus() -> list[dict]:
     """[{index, uuid, name, used_mib, total_mib, busy_percent}] of this machine;
     [] where there is no nvidia-smi."""
     fields = "index,uuid,name,memory.used,memory.total,utilization.gpu"
@@ -619,7 +626,7 @@ def gpus():
     return [g for w in wanted for g in found if g["index"] == w or g["uuid"].startswith(w)]
 
 
-def free_gpus(processes):
+def free_gpus(processes: int) -> list[dict]:
     """`processes` GPUs on which nothing runs, or [] on a machine without CUDA;
     one line if they are too few or busy."""
     found = gpus()
@@ -650,7 +657,7 @@ def require_tools() -> None:
                         "(.venv/bin/python)")
 
 
-def cuda_works():
+def cuda_works() -> bool:
     """Does torch see a GPU? Asked in a process of its own, because importing torch takes
     seconds and GPU memory."""
     done = subprocess.run(

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from common import arguments as numbers, environment, files, repository
@@ -85,7 +86,7 @@ depend on the whole batch; whether shards are what they are called; whether a lo
 (`records verify` and `records replay` look at logs)."""
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records audit`."""
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.epilog = "checks:\n" + "".join(f"  {name:18}  {what}\n"
@@ -109,7 +110,7 @@ def arguments(p):
     p.add_argument("--keep", action="store_true", help="keep the temporary folder and say where it is")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """The command. Returns the exit code: 0 passed, 3 a check failed, 130 interrupted."""
     if options.json and options.only:
         raise UserError("--json holds a whole audit: leave --only out, or --json")
@@ -127,8 +128,11 @@ def run(options):
     return PASSED if result["passed"] else FAILED
 
 
-def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=False, say=print, seeds=(),
-          draw=None):
+def audit(
+    ref: str, record: str = "short/head", scale: str = "micro", only: Collection[str] = (),
+    timeout: int = 600, keep: bool = False, say: Callable[[str], None] = print, seeds: Sequence[int] = (),
+    draw: int | None = None
+) -> dict:
     """Audit a ref and say how it goes, a line per check. Returns what --json holds;
     `passed` is about the checks that ran.
 
@@ -177,7 +181,7 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
 
 # ----- the checkout -----------------------------------------------------------------------------------------
 
-def git(*args, cwd=ROOT, **env):
+def git(*args: str, cwd: Path = ROOT, **env: str) -> str | None:
     """Output of a git command, None if it fails."""
     if shutil.which("git") is None:
         raise UserError("audit needs git: install it")
@@ -187,7 +191,7 @@ def git(*args, cwd=ROOT, **env):
         return None
 
 
-def check_out(ref, folder):
+def check_out(ref: str, folder: Path) -> tuple[str, str | None]:
     """Write the files of a ref, or of a folder, into folder/checkout. Returns (commit, tree), hex;
     commit may be unknown.
 
@@ -220,7 +224,7 @@ def check_out(ref, folder):
     return commit, tree
 
 
-def copy(source, checkout, git_folder):
+def copy(source: Path, checkout: Path, git_folder: Path) -> tuple[str, str | None]:
     """Copy a working tree: tracked and new files where git knows them, otherwise all but caches.
     Returns (commit, tree)."""
     if not source.is_dir():
@@ -258,7 +262,7 @@ class Failed(Exception):
 class Drawn:
     """What is drawn for an audit: the number of steps, two seeds, and a generator for all else."""
 
-    def __init__(self, draw):
+    def __init__(self, draw: int) -> None:
         self.random = random.Random(draw)
         self.steps = self.random.randint(*STEPS)
         self.seed, self.other = self.random.sample(range(2 ** 31), 2)
@@ -267,7 +271,10 @@ class Drawn:
 class Trainings:
     """The processes of an audit: what the checkout resolves, and the trainings that the checks need."""
 
-    def __init__(self, folder, ref, record, scale, timeout, checks, seeds=(), draw=0):
+    def __init__(
+        self, folder: Path, ref: str, record: str, scale: str, timeout: int, checks: list[str],
+        seeds: Sequence[int] = (), draw: int = 0
+    ) -> None:
         self.folder, self.record, self.scale = folder, record, scale
         self.timeout, self.checks = timeout, checks
         self.done, self.torch, self.claimed = {}, None, list(seeds)
@@ -293,14 +300,14 @@ class Trainings:
             write_corpus(folder / "data-other_validation", self.facts, tokens, (1, 3))
             write_corpus(folder / "data-other_data", self.facts, tokens, (4, 3))
 
-    def names(self):
+    def names(self) -> list[str]:
         """Names of all trainings that the checks need; `model` also for each seed of the claim."""
         names = list(dict.fromkeys(name for check in self.checks for name in NEEDS[check]))
         claimed = [f"model-{s}" for s in self.claimed] if {*self.checks} & {*INSIDE, "seed", "clock"} else []
         before = ["plain"] if {"again", "cold", "second"} & {*names} and "plain" not in names else []
         return [*before, *names, *claimed]
 
-    def run_all(self):
+    def run_all(self) -> None:
         """Run them: first those that stand alone, then, in processes with another hash seed, those that
         repeat the plain one or take up what it left."""
         later = ("again", "cold", "second")
@@ -316,7 +323,7 @@ class Trainings:
             for name, result in self.start(jobs).items() if jobs else ():
                 self.done[name] = self.finished(name, result)
 
-    def finished(self, name, result):
+    def finished(self, name: str, result: dict | Failed) -> dict | Failed:
         """What a training logged and returned, or the Failed of what went wrong."""
         try:
             if isinstance(result, Failed):
@@ -334,7 +341,7 @@ class Trainings:
         except Failed as failure:
             return failure
 
-    def start(self, jobs):
+    def start(self, jobs: dict[str, tuple[str, dict]]) -> dict[str, dict | Failed]:
         """Run jobs {name: (job of the probe, its spec)}, each in its own process, confined to its own folder.
 
         Returns {name: result, or the Failed that says why there is none}.
@@ -354,7 +361,7 @@ class Trainings:
         return {name: self.result(name, codes.get(str(self.folder / name / "spec.json"), "none"))
                 for name in jobs}
 
-    def result(self, name, code):
+    def result(self, name: str, code: int | str | None) -> dict | Failed:
         """The result that a job wrote, or the Failed that says why it has none."""
         folder = self.folder / name
         if code is None:
@@ -370,13 +377,13 @@ class Trainings:
             return Failed(f"the {name} process exits with {result['exit']}: {lines[-1][-300:]}")
         return result
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> dict:
         """What a training logged and returned; raises the Failed of one that went wrong."""
         if isinstance(self.done[name], Failed):
             raise self.done[name]
         return self.done[name]
 
-    def job(self, name):
+    def job(self, name: str) -> tuple[str, dict]:
         """(job, spec) of one of the short trainings that are compared: equal but for what must not matter;
         `model` has another seed."""
         f, seed, sets, job, spec = self.facts, self.seed, [], "script", {}
@@ -404,7 +411,7 @@ class Trainings:
             spec = self.look_into(name)
         return job, {"argv": self.argv(f"{name}/runs", seed, self.steps, tokens, sets, data), **spec}
 
-    def due(self, run):
+    def due(self, run: dict) -> str:
         """Hash of the batches that the settings of a training draw from its shards, read by this checkout's
         own code; "" where it has no words for these settings."""
         from data.shards import open_corpus
@@ -420,7 +427,7 @@ class Trainings:
             return ""
         return digest.hexdigest()
 
-    def look_into(self, name):
+    def look_into(self, name: str) -> dict:
         """The spec of a training that audit_model.py looks into, with the checks that it makes."""
         f = self.facts
         counted = self.argv(f"{name}/counted", 0, 1, f["full_validation_tokens"], ["system.warmup_steps=0"],
@@ -437,7 +444,7 @@ class Trainings:
             "counted_argv": counted
         }
 
-    def argv(self, out, seed, steps, tokens, sets, data):
+    def argv(self, out: str, seed: int, steps: int, tokens: int, sets: list[str], data: Path) -> list[str]:
         """Command line of a training by train_gpt.py."""
         sets = [
             "system.device=cpu", "system.compile=off", f"schedule.steps={steps}",
@@ -448,7 +455,7 @@ class Trainings:
                 *(x for path in self.facts["without"] for x in ("--without", path))]
 
 
-def run_probe(specs, folder, seconds):
+def run_probe(specs: list[str], folder: Path, seconds: float) -> dict[str, int | None]:
     """Run the probe on spec files. Returns {spec file: exit code of its process, or None after a timeout}."""
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                    "MKL_NUM_THREADS": "1"}
@@ -466,7 +473,7 @@ def run_probe(specs, folder, seconds):
     return dict(json.loads(line) for line in out.decode().splitlines())
 
 
-def read_back(path):
+def read_back(path: Path) -> bytes:
     """Bytes of a file that an audited process wrote: a regular file of bounded size, or an OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
@@ -476,7 +483,7 @@ def read_back(path):
         return file.read(RESULT_BYTES)
 
 
-def said(path):
+def said(path: Path) -> list[str]:
     """The printable lines that a process wrote, at least one."""
     try:
         text = read_back(path).decode(errors="replace")
@@ -486,7 +493,7 @@ def said(path):
     return lines or ["it said nothing"]
 
 
-def read_run(out):
+def read_run(out: Path) -> dict:
     """Curve, stream digest and summary of the one run under a folder."""
     try:
         folder, = (p.parent for p in files.listed(out, "*/run.jsonl"))
@@ -504,7 +511,7 @@ def read_run(out):
         ) from None
 
 
-def write_corpus(folder, facts, validation_tokens, seeds):
+def write_corpus(folder: Path, facts: dict, validation_tokens: int, seeds: tuple[int, int]) -> list[int]:
     """Shards of random text for the trainings: documents of about 60 tokens,
     frequencies falling like the inverse rank.
 
@@ -539,7 +546,7 @@ def write_corpus(folder, facts, validation_tokens, seeds):
 
 # ----- judgement --------------------------------------------------------------------------------------------
 
-def judge(name, trainings):
+def judge(name: str, trainings: Trainings) -> tuple[bool, str]:
     """(passed, detail) of a check. A process that fails, fails the checks that need it."""
     full = trainings.facts["full_validation_tokens"]
     if name == "validation_targets" and full != VALIDATION_TOKENS:
@@ -558,12 +565,12 @@ def judge(name, trainings):
         return False, str(failure)
 
 
-def train_losses(run):
+def train_losses(run: dict) -> list[float]:
     """All training losses of a run, step by step."""
     return [x for e in run["curve"] for x in e["train_loss"]]
 
 
-def first_difference(a, b):
+def first_difference(a: dict, b: dict) -> str:
     """Words for where two trainings part that should be the same, or ''.
     They may validate at different steps."""
     ours, theirs = ({e["step"]: e["val_loss"] for e in run["curve"]} for run in (a, b))
@@ -575,7 +582,7 @@ def first_difference(a, b):
     return "" if a["stream"] == b["stream"] else f"stream digests: {a['stream']} and {b['stream']}"
 
 
-def no_trace(trainings):
+def no_trace(trainings: Trainings) -> tuple[bool, str]:
     """Law: a validation changes no parameter, no state and no later loss."""
     passed, detail = trainings["model"]["checks"]["no_trace"]
     if not passed:
@@ -586,7 +593,7 @@ def no_trace(trainings):
     return True, f"{detail}; a validation at every step changes no loss"
 
 
-def inputs(trainings):
+def inputs(trainings: Trainings) -> tuple[bool, str]:
     """Law: training depends on the training shards alone, and before the clock nothing depends on any."""
     model = trainings["model"]
     passed, detail = model["checks"]["inputs"]
@@ -611,7 +618,7 @@ def inputs(trainings):
     return True, f"{detail}; neither another validation shard nor, before the clock, other data change a bit"
 
 
-def caches(trainings):
+def caches(trainings: Trainings) -> tuple[bool, str]:
     """Law: a run that finds what an earlier one left in its folders gives the same losses."""
     if outside := trainings["plain"].get("outside"):
         return False, (f"a run tries to write to {outside[0]}, outside of its folders, where the next one "
@@ -622,7 +629,7 @@ def caches(trainings):
     return True, "a second run that finds all that the first one wrote gives the same losses"
 
 
-def warm_up(trainings):
+def warm_up(trainings: Trainings) -> tuple[bool, str]:
     """Law: the warm-up leaves nothing behind, whatever tokens it saw."""
     plain = trainings["plain"]
     for way, name in (("none", "cold"), ("one with real tokens", "real")):
@@ -633,7 +640,7 @@ def warm_up(trainings):
                   f"the end {plain['final']!r}")
 
 
-def seed(trainings):
+def seed(trainings: Trainings) -> tuple[bool, str]:
     """Law: one seed gives the same losses twice, another seed (and each of the claim) other losses."""
     plain = trainings["plain"]
     difference = first_difference(plain, trainings["again"])
@@ -647,7 +654,7 @@ def seed(trainings):
     return passed, f"training losses {said}"
 
 
-def clock(trainings):
+def clock(trainings: Trainings) -> tuple[bool, str]:
     """On the probe's clock each batch, step and validation takes a drawn time, from milliseconds to days: the
     logged time is exactly that of the batches and steps. Then the true clock."""
     passed, detail = drawn_time(trainings["real"], trainings.steps)
@@ -658,7 +665,7 @@ def clock(trainings):
     return passed, detail
 
 
-def drawn_time(run, count):
+def drawn_time(run: dict, count: int) -> tuple[bool, str]:
     """(passed, detail): the logged times of a training of `count` steps on the probe's clock."""
     names = [name for name, _ in run["events"]]
     if "start" not in names:
@@ -681,7 +688,7 @@ def drawn_time(run, count):
                   "validation")
 
 
-def target(trainings):
+def target(trainings: Trainings) -> tuple[bool, str]:
     """Law: `reached` and the exit code say whether the final loss is at most the target."""
     details, passed = [], True
     for name, where in (("again", "at the final loss"), ("cold", "one rounding below it")):

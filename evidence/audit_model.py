@@ -16,9 +16,11 @@ import random
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import CellType
 from unittest import mock
 
 import numpy as np
@@ -41,7 +43,7 @@ LOGGED_NATS = 1e-4  # of a training loss, which is logged with six decimals; a f
 PROBED = 33  # ids of a row, where every class is the next input once
 
 
-def reseed():
+def reseed() -> None:
     """Random states from the system, so that code that sets no seed does not repeat itself."""
     torch.seed()
     np.random.seed(random.SystemRandom().randrange(2 ** 32))
@@ -75,18 +77,18 @@ class Tap:
     gaps: what that found, [(largest loss, difference)].
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         from model import GPT
         self.forward, self.calls, self.answer, self.targets, self.stop = GPT.forward, [], None, None, False
         self.aim, self.gaps = False, []
         self.given_threads = self.most_threads = threads()
         GPT.forward = lambda model, *args, **kwargs: self.call(model, *args, **kwargs)
 
-    def call(self, model, tokens, targets=None, *args, **kwargs):
+    def call(self, model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor | None = None, *args,
+             **kwargs) -> torch.Tensor:
         if targets is None:
-            raise Unknown(
-                "the trainer calls the model without targets: this audit knows per-token losses only"
-            )
+            raise Unknown("the trainer calls the model without targets: this audit knows per-token losses "
+                          "only")
         self.most_threads = max(self.most_threads, threads())
         if self.targets is not None:
             targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
@@ -95,9 +97,8 @@ class Tap:
         else:
             losses = self.forward(model, tokens, targets, *args, **kwargs)
         if losses.shape != targets.shape:
-            raise Unknown(
-                f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}"
-            )
+            raise Unknown(f"the model returns losses {tuple(losses.shape)} for targets "
+                          f"{tuple(targets.shape)}")
         if self.aim:
             self.gaps.append(self.gap(model, tokens, *args, **kwargs))
         self.calls.append(Call(
@@ -106,7 +107,7 @@ class Tap:
             raise Enough
         return losses
 
-    def gap(self, model, tokens, *args, **kwargs):
+    def gap(self, model: torch.nn.Module, tokens: torch.Tensor, *args, **kwargs) -> tuple[float, float]:
         """(largest loss, largest |loss - (logsumexp - logit)|) of the likeliest, of random and of the least
         likely classes of each position."""
         logits = self.forward(model, tokens, None, *args, **kwargs).double()
@@ -121,7 +122,7 @@ class Tap:
             worst, largest = max(worst, float(gap.max())), max(largest, float(losses.max()))
         return largest, worst
 
-    def taken(self):
+    def taken(self) -> list[Call]:
         """The calls since the last time."""
         calls, self.calls = self.calls, []
         return calls
@@ -133,30 +134,29 @@ class Arguments:
     args: tuple
     kwargs: dict
 
-    def values(self):
+    def values(self) -> tuple:
         return (*self.args, *self.kwargs.values())
 
-    def find(self, kind, count):
+    def find(self, kind: Callable[[object], bool], count: int) -> list:
         found = [a for a in self.values() if kind(a)]
         if len(found) != count:
-            raise Unknown(
-                f"the trainer passes {len(found)} arguments with {kind.__name__}; this audit knows {count}"
-            )
+            raise Unknown(f"the trainer passes {len(found)} arguments with {kind.__name__}; this audit knows "
+                          f"{count}")
         return found
 
-    def replaced(self, old, new):
+    def replaced(self, old: list, new: list) -> "Arguments":
         """With each of the values `old` replaced by the one of `new`."""
         def swap(a):
             return next((y for x, y in zip(old, new) if a is x), a)
         return Arguments(tuple(map(swap, self.args)), {k: swap(v) for k, v in self.kwargs.items()})
 
 
-def is_rows(x):
+def is_rows(x: object) -> bool:
     """Validation rows: ids (ranks, n, T + 1)."""
     return isinstance(x, np.ndarray) and x.ndim == 3
 
 
-def is_batch(x):
+def is_batch(x: object) -> bool:
     """Inputs or targets of a step: ids (ranks, n, T)."""
     return isinstance(x, torch.Tensor) and x.ndim == 3
 
@@ -165,9 +165,9 @@ def is_batch(x):
 class Validated:
     """One validation: its arguments, the calls of the model, what it returned and what it changed."""
     given: Arguments
-    calls: list
+    calls: list[Call]
     value: float
-    changed: list
+    changed: list[str]
     watched: int
     backwards: int
 
@@ -176,7 +176,8 @@ class Observed:
     """A training in this process. answer: losses for validations in place of the model's. watch:
     look for their traces, and for changes outside the steps. until_start: end it when the clock starts."""
 
-    def __init__(self, tap, argv, answer=None, watch=False, until_start=False):
+    def __init__(self, tap: Tap, argv: list[str], answer: Callable | None = None, watch: bool = False,
+                 until_start: bool = False) -> None:
         import train_gpt
         try:
             from system.command_line import command_line
@@ -203,13 +204,13 @@ class Observed:
         if not self.validations or self.step is None:
             raise Unknown("the training went without train_gpt.validate or train_gpt.train_step")
 
-    def counting(self, call):
+    def counting(self, call: Callable) -> Callable:
         def counted(*args, **kwargs):
             self.backwards += 1
             return call(*args, **kwargs)
         return counted
 
-    def on_step(self, *args, **kwargs):
+    def on_step(self, *args, **kwargs) -> torch.Tensor:
         self.step = Arguments(args, kwargs)
         self.tap.taken()
         backwards = self.backwards
@@ -219,7 +220,7 @@ class Observed:
         self.steps.ends(self.tap.taken(), self.backwards - backwards)
         return out
 
-    def on_validate(self, *args, **kwargs):
+    def on_validate(self, *args, **kwargs) -> float:
         # only the last one is looked at, so that the others may say anything
         if self.answer and self.step is None:
             return 1.0
@@ -242,14 +243,14 @@ class Observed:
         self.clock.pause(True)
         return value
 
-    def state(self):
+    def state(self) -> dict[str, bytes]:
         """Fingerprint of all that a step is given, as its forward finds it."""
         if not self.watch or self.step is None:
             return {}
         self.step_losses(*self.step.find(is_batch, 2))
         return fingerprint([a for a in self.step.values() if not isinstance(a, torch.Tensor)])
 
-    def rotary_tables(self):
+    def rotary_tables(self) -> tuple | None:
         """The rotary tables as they are: (their holder, copies of its tensors, its softmax scales), or None.
 
         They follow the windows of the last step or validation, so that a step that is replayed moves them.
@@ -258,14 +259,14 @@ class Observed:
         tables = getattr(run and run.model, "rotary_tables", None)
         return tables and (tables, {k: x.clone() for k, x in tables.tensors().items()}, tables.scales)
 
-    def put_back(self):
+    def put_back(self) -> None:
         """Restore the rotary tables that the last validation found."""
         if self.tables:
             tables, kept, tables.scales = self.tables
             for name, x in tables.tensors().items():
                 x.copy_(kept[name])
 
-    def validated(self, given):
+    def validated(self, given: Arguments) -> float:
         """What the trainer's validate returns for Arguments, with tables and weights of the last validation.
 
         The trainer reads averaged or extrapolated weights within a context, and has its own ones afterwards.
@@ -274,7 +275,7 @@ class Observed:
         with self.reading():
             return self.validate(*given.args, **given.kwargs)
 
-    def reading(self):
+    def reading(self) -> contextlib.AbstractContextManager:
         """The trainer's context of the weights that its last validation read; none in older commits."""
         run = next((a for a in self.step.values() if hasattr(a, "hooks") and hasattr(a, "plans")), None)
         context = getattr(sys.modules["train_gpt"], "reading", None)
@@ -282,14 +283,14 @@ class Observed:
             return contextlib.nullcontext()
         return context(run.hooks, len(run.plans))
 
-    def row_losses(self, rows, targets=None):
+    def row_losses(self, rows: np.ndarray, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1); targets: Tap's."""
         self.tap.targets = targets
         given = self.last.given.replaced(self.last.given.find(is_rows, 1), [rows])
         self.validated(given)
         return self.losses_in_order(rows.reshape(-1, rows.shape[-1])[:, :-1])
 
-    def step_losses(self, inputs, targets):
+    def step_losses(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Per-token losses (ranks n, T) that a training step forms for inputs and targets (ranks, n, T)."""
         given = self.step.replaced(self.step.find(is_batch, 2), [inputs, targets])
         self.tap.stop = True
@@ -302,18 +303,18 @@ class Observed:
         self.tap.stop = False
         return self.losses_in_order(inputs.flatten(0, 1).numpy())
 
-    def losses_in_order(self, tokens):
+    def losses_in_order(self, tokens: np.ndarray) -> torch.Tensor:
         calls, self.tap.targets = self.tap.taken(), None
         if not np.array_equal(torch.cat([c.tokens for c in calls]).numpy(), tokens):
             raise Unknown("the trainer does not pass its rows on as they are, all in one forward in training")
         return torch.cat([c.losses for c in calls])
 
     @property
-    def last(self):
+    def last(self) -> Validated:
         return self.validations[-1]
 
 
-def log_of(argv):
+def log_of(argv: list[str]) -> list[dict]:
     """The validations in the log of the run with this command line."""
     path, = Path(argv[argv.index("--out") + 1]).glob("[!.]*/run.jsonl")
     events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -325,17 +326,17 @@ def log_of(argv):
 class ClockWatch:
     """Sits on Clock.start and Clock.stop: the true time between them, and the state at both."""
 
-    def __init__(self, observed):
+    def __init__(self, observed: Observed) -> None:
         self.observed, self.started, self.true_s, self.first = observed, None, 0.0, None
         self.pauses, self.others, self.since, self.stopped, self.children = [], [], None, None, []
 
-    def pause(self, begins):
+    def pause(self, begins: bool) -> None:
         """The trainer is at work while its clock stands, and neither its validation nor this audit."""
         if self.since is not None:
             self.pauses[-1] += own_cpu() - self.since
         self.since = own_cpu() if begins and self.started is None and self.pauses else None
 
-    def tapped(self):
+    def tapped(self) -> contextlib.AbstractContextManager:
         """A context in which the trainer's clock is watched."""
         from system.run import Clock
         start, stop, watch = Clock.start, Clock.stop, self
@@ -367,7 +368,7 @@ class ClockWatch:
         return mock.patch.multiple(Clock, start=on_start, stop=on_stop)
 
 
-def children():
+def children() -> list[str]:
     """Names of the processes that this one has started and that still run (Linux; none elsewhere)."""
     with contextlib.suppress(OSError):
         texts = [os.fsdecode(x.read_bytes()).rpartition(")") for x in Path("/proc").glob("[0-9]*/stat")]
@@ -380,15 +381,15 @@ class StepWatch:
     """Parameters and optimizer state may change within a timed train_step only, by backward passes through
     GPT.forward; and what a step reads is noted."""
 
-    def __init__(self, observed):
+    def __init__(self, observed: Observed) -> None:
         self.observed, self.wrong, self.known, self.since = observed, [], None, ""
         self.count, self.targets, self.seen, self.losses, self.read = 0, 0, set(), [], sha256()
         self.began = self.true_s = 0.0
 
-    def timed(self):
+    def timed(self) -> bool:
         return self.observed.clock.started is not None
 
-    def hashed(self, whole=False):
+    def hashed(self, whole: bool = False) -> str | None:
         """One hash of all parameters and optimizer tensors; None before a step has shown where they are.
 
         whole: of everything that model, optimizer and hooks hold.
@@ -405,7 +406,7 @@ class StepWatch:
         found = fingerprint([moving], outside=False)
         return sha256(b"".join(k.encode() + v for k, v in sorted(found.items()))).hexdigest()
 
-    def compare(self, where):
+    def compare(self, where: str) -> None:
         """Note it if the state is not what it was at the last event."""
         if self.observed.clock.first is None and where != "the start of the clock":
             return
@@ -415,13 +416,13 @@ class StepWatch:
                               "training step")
         self.known, self.since = state, where
 
-    def begins(self):
+    def begins(self) -> None:
         if self.timed():
             self.count += 1
             self.compare(f"the beginning of step {self.count}")
         self.began = now()
 
-    def ends(self, calls, backwards):
+    def ends(self, calls: list[Call], backwards: int) -> None:
         if self.observed.clock.first is not None:
             self.true_s += now() - self.began
         if not self.timed():
@@ -439,7 +440,7 @@ class StepWatch:
         self.read.update(as_numpy(rows.contiguous()).tobytes())
 
 
-def state(observed, spec):
+def state(observed: Observed, spec: dict) -> tuple[bool, str]:
     """Law: what is trained changes in the timed steps and nowhere else."""
     watch = observed.steps
     if watch.known is None:
@@ -451,7 +452,7 @@ def state(observed, spec):
         "pass that was seen")
 
 
-def inputs(observed, spec):
+def inputs(observed: Observed, spec: dict) -> tuple[bool, str]:
     """Law: the steps read training shards only, as many tokens as the log says."""
     watch, told = observed.steps, observed.log[-1]["tokens"]
     foreign = sorted(watch.seen & set(spec["markers"]))
@@ -463,7 +464,7 @@ def inputs(observed, spec):
                   "shard")
 
 
-def true_time(observed, spec):
+def true_time(observed: Observed, spec: dict) -> tuple[bool, str]:
     """Law: the claimed training time is the time that passed between start and stop of the clock, and no less
     than the steps took."""
     true_s, told_s = observed.clock.true_s, observed.log[-1]["train_time_ms"] / 1000
@@ -476,7 +477,7 @@ def true_time(observed, spec):
     return True, f"{told_s:.3f} s of training claimed, {true_s:.3f} s passed between start and stop"
 
 
-def in_pauses(observed):
+def in_pauses(observed: Observed) -> str:
     """What works while the clock stands, next to the validation, or on too many threads, in words; or ''."""
     clock, tap, step_s = observed.clock, observed.tap, observed.steps.true_s / max(observed.steps.count, 1)
     own, others = (max(x, default=0.0) for x in (clock.pauses, clock.others))
@@ -492,7 +493,7 @@ def in_pauses(observed):
 
 # ----- all that a validation could leave behind -------------------------------------------------------------
 
-def fingerprint(roots, outside=True):
+def fingerprint(roots: list, outside: bool = True) -> dict[str, bytes]:
     """{path: hash} of all state in reach of the roots and (with `outside`) of the checkout's modules,
     and of the random generators.
 
@@ -547,7 +548,7 @@ def fingerprint(roots, outside=True):
     return found
 
 
-def contents(cell):
+def contents(cell: CellType) -> list:
     """What a closure's cell holds: a list of one, or of none before it is filled."""
     try:
         return [cell.cell_contents]
@@ -555,7 +556,7 @@ def contents(cell):
         return []
 
 
-def no_trace(observed, spec):
+def no_trace(observed: Observed, spec: dict) -> tuple[bool, str]:
     """Law: validate() changes no tensor in reach, makes no backward pass and gives the same bits again."""
     wrong, timed = [], observed.validations[-len(observed.logged):]
     for i, v in enumerate(timed):
@@ -579,14 +580,14 @@ def no_trace(observed, spec):
 
 # ----- validation targets -----------------------------------------------------------------------------------
 
-def random_losses():
+def random_losses() -> Callable[[torch.Tensor], torch.Tensor]:
     """An answer whose losses are random multiples of 2^-10 below 16: sums are exact in float64,
     so a mean is checkable."""
     generator = torch.Generator().manual_seed(3)
     return lambda targets: torch.randint(16 * 1024, targets.shape, generator=generator).double() / 1024
 
 
-def validation_targets(observed, spec):
+def validation_targets(observed: Observed, spec: dict) -> tuple[bool, str]:
     """At the audited scale with the model's losses; and with as many targets as full scale has,
     and random losses."""
     full = Observed(observed.tap, spec["counted_argv"], random_losses())
@@ -600,7 +601,7 @@ def validation_targets(observed, spec):
         "at full scale, each once; the logged loss is the plain mean of their losses")
 
 
-def counted(observed, tokens, shard):
+def counted(observed: Observed, tokens: int, shard: str) -> list[str]:
     """Words for what is wrong with the targets and the mean of the last validation of a training."""
     calls, value, wrong = observed.last.calls, observed.last.value, []
     if observed.logged[-1] != value:
@@ -624,7 +625,7 @@ def counted(observed, tokens, shard):
     return wrong
 
 
-def read_instead(rows, shard):
+def read_instead(rows: np.ndarray, shard: str) -> str:
     """The end of a message: whether rows (n, 2 T: inputs, targets) are of a training shard next to it."""
     width = rows.shape[1] // 2
     runs = np.concatenate([rows[:, :width], rows[:, -1:]], 1).astype("<u2")
@@ -639,7 +640,7 @@ def read_instead(rows, shard):
 
 # ----- causality --------------------------------------------------------------------------------------------
 
-def shake(model):
+def shake(model: torch.nn.Module) -> None:
     """Random non-zero values on every parameter, so that no zero-initialised weight hides a path."""
     generator = torch.Generator().manual_seed(20240520)
     with torch.no_grad():
@@ -649,7 +650,7 @@ def shake(model):
                 p.add_((noise * (p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1)).to(p))
 
 
-def chosen_positions(length):
+def chosen_positions(length: int) -> torch.Tensor:
     """All positions of a short row; of a long one both ends, some at powers of two, where blocks begin,
     and a sample."""
     if length <= 128:
@@ -659,19 +660,20 @@ def chosen_positions(length):
         sorted({length - 2, length - 1} | near | set(random.Random(0).sample(range(length), 6))))
 
 
-def copies(row, n, ranks):
+def copies(row: np.ndarray | torch.Tensor, n: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """(ranks, ceil(n / ranks), T): a row repeated, and the same for changing."""
     same = np.repeat(np.asarray(row)[None], -(-n // ranks) * ranks, 0)
     return same, same.copy()
 
 
-def other_ids(ids, bos, seed):
+def other_ids(ids: np.ndarray, bos: int, seed: int) -> np.ndarray:
     """Random ids below bos (the highest), each different from the one in its place."""
     generator = np.random.default_rng(seed)
     return (ids + generator.integers(1, bos, ids.shape)) % bos
 
 
-def moved(base, new, changed, label, tolerance=0.0):
+def moved(base: torch.Tensor, new: torch.Tensor, changed: torch.Tensor, label: str,
+          tolerance: float = 0.0) -> list[str]:
     """Words for losses (n, T) that moved before position changed[i] of row i, or did not from there on."""
     wrong, t, distance = [], torch.arange(base.shape[1]), (base.double() - new.double()).abs()
     if not distance.isfinite().all():
@@ -687,12 +689,12 @@ def moved(base, new, changed, label, tolerance=0.0):
     return wrong
 
 
-def rows_that_moved(before, after):
+def rows_that_moved(before: torch.Tensor, after: torch.Tensor) -> list[int]:
     """Indices of the rows (R, ...) that differ between two tensors."""
     return (before != after).any(1).nonzero().flatten().tolist()
 
 
-def causal_validation(observed, row, bos):
+def causal_validation(observed: Observed, row: np.ndarray, bos: int) -> tuple[int, list[str]]:
     """Change ids of copies of a row (T + 1) one by one, then a whole row, then targets.
     Returns (tokens changed, wrong).
 
@@ -727,7 +729,7 @@ def causal_validation(observed, row, bos):
     return 3 * n, wrong
 
 
-def causal_step(observed, bos):
+def causal_step(observed: Observed, bos: int) -> tuple[int, list[str]]:
     """The same for train_step: an input, with the targets as they were; then a row. Documents stay, since a
     loader may promise their length; targets too, since a loss may look at several of them
     (multi-token prediction)."""
@@ -750,7 +752,7 @@ def causal_step(observed, bos):
     return n, wrong
 
 
-def causality(observed, spec):
+def causality(observed: Observed, spec: dict) -> tuple[bool, str]:
     """Law: changing a token moves no loss before it, and none of another row or target."""
     bos = spec["bos"]
     ids = np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"], offset=1024).astype(np.int32)
@@ -767,7 +769,7 @@ def causality(observed, spec):
 
 # ----- normalisation ----------------------------------------------------------------------------------------
 
-def normalisation(observed, spec):
+def normalisation(observed: Observed, spec: dict) -> tuple[bool, str]:
     """Every class as the target, in validate: at each position of one row, whose tokens stay; and at one
     position where it is the next input too, as in text (but not the classes of padding:
     a token table may lack them). Then again with ever larger weights, up to the cap of the logits."""
@@ -796,7 +798,7 @@ def normalisation(observed, spec):
     return passed, found
 
 
-def every_next(observed, spec, row):
+def every_next(observed: Observed, spec: dict, row: np.ndarray) -> tuple[bool, str]:
     """(passed, detail): no class's loss tells whether it is the next input, early and late in a row."""
     draw, bos, length = np.random.default_rng(spec["draw"]), spec["bos"], min(PROBED, len(row))
     ranks = len(observed.last.given.find(is_rows, 1)[0])
@@ -817,7 +819,7 @@ def every_next(observed, spec, row):
                        f"input {found[:1]}")
 
 
-def every_context(observed, spec, row):
+def every_context(observed: Observed, spec: dict, row: np.ndarray) -> tuple[bool, str]:
     """(passed, detail): after each id the losses are those of the model's own logits."""
     ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
     order = np.random.default_rng(spec["draw"]).permutation(spec["vocab_size"])
@@ -830,7 +832,7 @@ def every_context(observed, spec, row):
     return gap <= TOLERANCE, f"after all {len(order)} ids losses are within {gap:.1e} of those of the logits"
 
 
-def whole_range(observed, spec, row):
+def whole_range(observed: Observed, spec: dict, row: np.ndarray) -> tuple[bool, str]:
     """(passed, detail): losses over the whole range of the logits' cap, which the weights next to the classes
     are scaled through: as many different losses as classes, a sum of one, and the losses of the logits."""
     classes, ranks = spec["padded_vocab"], len(observed.last.given.find(is_rows, 1)[0])
@@ -868,7 +870,7 @@ def whole_range(observed, spec, row):
                   f"{scale // 2}), without a clamp, as the model's logits have them")
 
 
-def fixed_losses(observed, spec):
+def fixed_losses(observed: Observed, spec: dict) -> list[float]:
     """Losses of the first rows of the audit's own validation shard, whichever shard this training had."""
     ranks, _, width = observed.last.given.find(is_rows, 1)[0].shape
     ids = np.fromfile(spec["val_shard"], "<u2", 4 * ranks * width, offset=1024).astype(np.int32)
@@ -877,7 +879,7 @@ def fixed_losses(observed, spec):
 
 # ----- the job ----------------------------------------------------------------------------------------------
 
-def checks(spec):
+def checks(spec: dict) -> dict:
     """{"checks": {name: (passed, detail)}, "first": hash of the state at the first start of the clock} from
     one training. A check that cannot be carried out has failed."""
     if spec["until_start"]:

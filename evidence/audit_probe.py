@@ -31,7 +31,10 @@ import tempfile
 import threading  # noqa: F401
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 GIB = 2 ** 30
 HERE = Path(__file__).resolve().parent
@@ -52,7 +55,7 @@ class Unknown(Exception):
 
 # ----- confinement ------------------------------------------------------------------------------------------
 
-def confine(folder, seconds):
+def confine(folder: Path, seconds: int) -> dict[str, str]:
     """Limit this process and its children for good. Returns what could be done: {"writes", "network"} in
     words."""
     for limit, value in (
@@ -66,7 +69,7 @@ def confine(folder, seconds):
     return {"network": cut_network(), "writes": limit_writes(folder)}
 
 
-def cut_network():
+def cut_network() -> str:
     """A network namespace of our own, without any interface (Linux, where users may make namespaces)."""
     user, group = os.getuid(), os.getgid()
     try:
@@ -83,7 +86,7 @@ def cut_network():
     return "cut off"
 
 
-def limit_writes(folder):
+def limit_writes(folder: Path) -> str:
     """Landlock (Linux 5.13): nothing outside `folder` can be written, made, renamed or removed by this
     process."""
     create_ruleset, add_rule, restrict_self = 444, 445, 446
@@ -113,7 +116,7 @@ def limit_writes(folder):
     return "limited to the audit's folder"
 
 
-def watch_writes(folder):
+def watch_writes(folder: Path) -> list[str]:
     """A list of the places outside of a folder that this process tries to write to from now on, whether it
     may or not: where it may, the next run would find what it left."""
     outside = []
@@ -133,7 +136,7 @@ def watch_writes(folder):
     return outside
 
 
-def require_origin(checkout, auditor):
+def require_origin(checkout: Path, auditor: Path) -> None:
     """Every module of the project that is loaded must lie in the audited checkout, and none in the
     auditor's."""
     names = {p.stem for p in checkout.glob("*.py")} | {p.parent.name for p in checkout.glob("*/__init__.py")}
@@ -155,7 +158,7 @@ def require_origin(checkout, auditor):
 
 # ----- jobs -------------------------------------------------------------------------------------------------
 
-def facts(spec):
+def facts(spec: dict) -> dict:
     """What the checkout resolves for the record: sizes the audit needs, at the scale and (targets) at full
     scale."""
     from settings import deltas
@@ -183,7 +186,7 @@ def facts(spec):
     }
 
 
-def script(spec):
+def script(spec: dict) -> dict:
     """train_gpt.py with a command line, as its own program. Returns its exit code."""
     sys.argv = ["train_gpt.py", *spec["argv"]]
     return {
@@ -191,7 +194,7 @@ def script(spec):
     }
 
 
-def exit_code(program, *args, **kwargs):
+def exit_code(program: Callable[..., object], *args, **kwargs) -> int | str:
     """The exit code of a program that is called as a function."""
     try:
         program(*args, **kwargs)
@@ -214,7 +217,10 @@ class OurTime:
         read = time.clock_gettime
         time.clock_gettime = lambda clock: read(clock) + self.added
 
-    def before(self, owner, name, note, draw=None):
+    def before(
+        self, owner: object, name: str, note: Callable[[str, float], None],
+        draw: Callable[[], float] | None = None
+    ) -> None:
         """Call note(name, seconds) at the start of each call of owner.name, which then costs draw() seconds
         more."""
         call = getattr(owner, name)
@@ -228,7 +234,7 @@ class OurTime:
         setattr(owner, name, slow)
 
 
-def clock(spec):
+def clock(spec: dict) -> dict:
     """A training whose batches, steps and validations last as long as we say, from milliseconds to days.
 
     Returns {"exit", "events": [[name of the call, seconds]] in order}.
@@ -252,7 +258,7 @@ def clock(spec):
     return {"exit": exit_code(train_gpt.main, *command_line(spec["argv"])), "events": events}
 
 
-def command_line(argv):
+def command_line(argv: list[str]) -> tuple:
     """(options, settings) of the checkout's trainer."""
     try:
         from system.command_line import command_line
@@ -261,7 +267,7 @@ def command_line(argv):
     return command_line(argv)
 
 
-def experiments():
+def experiments() -> ModuleType:
     """The module audit_model.py, of the auditor."""
     found = importlib.util.spec_from_file_location("audit_model", HERE / "audit_model.py")
     module = importlib.util.module_from_spec(found)
@@ -269,7 +275,7 @@ def experiments():
     return module
 
 
-def do(path, model):
+def do(path: Path, model: ModuleType | None) -> None:
     """Do the job that the file `path` describes and write result.json next to it.
 
     model: the module audit_model, or None where no job needs it.
@@ -293,13 +299,13 @@ def do(path, model):
     (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def die_with_parent():
+def die_with_parent() -> None:
     """Let the kernel kill this process when its parent ends (Linux)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
 
-def child(path, model):
+def child(path: Path, model: ModuleType | None) -> NoReturn:
     """The forked process of a job: its own session, output, folder and random numbers."""
     os.setsid()
     die_with_parent()
@@ -326,7 +332,7 @@ def child(path, model):
         os._exit(code if isinstance(code, int) else 1)
 
 
-def wait(process, seconds):
+def wait(process: int, seconds: float) -> int | None:
     """Exit code of a child, or None if it was ended after so many seconds. All that it started ends too."""
     end, code = time.monotonic() + seconds, None
     while time.monotonic() < end:
@@ -342,7 +348,7 @@ def wait(process, seconds):
     return code
 
 
-def main(paths):
+def main(paths: list[Path]) -> None:
     """Do the jobs of these spec files one after the other, each in a fork of this process.
 
     Prints a line for each: [spec file, exit code or null after a timeout].

@@ -15,8 +15,10 @@ import itertools
 import json
 import re
 import statistics as middle
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import files, untrusted
@@ -59,15 +61,15 @@ class Evidence:
     ledger: object = None  # ledger.Ledger of its idea
 
     @property
-    def declaration(self):
+    def declaration(self) -> dict | None:
         return self.claim.declaration
 
-    def of(self, arm):
+    def of(self, arm: str) -> list[run_laws.Log]:
         """The logs of all runs of an arm, discarded ones included."""
         return [self.logs[r.run] for r in self.claim.runs if r.arm == arm and r.run in self.logs]
 
 
-def examine(folder):
+def examine(folder: Path | str) -> Evidence:
     """Evidence of a claim folder with all its problems. UserError if the folder is no claim at all."""
     folder = Path(folder)
     require_claim(folder)
@@ -104,7 +106,7 @@ def examine(folder):
     return found
 
 
-def require_claim(folder):
+def require_claim(folder: Path) -> None:
     """UserError if a folder holds no claim, with what it seems to be instead."""
     if folder.is_file():
         raise UserError(f"{folder}: a single file: name the folder that holds it")
@@ -123,7 +125,7 @@ def require_claim(folder):
 
 # ----- manifest and folders ---------------------------------------------------------------------------------
 
-def read_manifest(folder):
+def read_manifest(folder: Path) -> tuple[Evidence, list[tuple[int, str, Any]], bool]:
     """(Evidence with the claim so far and its first problem, [(line, kind, utc)],
     whether all of it was readable)."""
     path, dates = folder / manifest.NAME, []
@@ -142,13 +144,13 @@ def read_manifest(folder):
     return found, dates, True
 
 
-def told(dates):
+def told(dates: list[tuple[int, str, Any]]) -> list[tuple[int, str, float, str]]:
     """[(line, kind, seconds since the epoch, text)] of those dates of a manifest that are dates."""
     moments = [(line, kind, moment(utc), utc) for line, kind, utc in dates]
     return [row for row in moments if row[2] is not None]
 
 
-def check_dates(dates):
+def check_dates(dates: list[tuple[int, str, Any]]) -> Iterator[str]:
     """The manifest was written in the order in which it reads."""
     before = None
     for line, kind, utc in dates:
@@ -164,7 +166,7 @@ def check_dates(dates):
         before = (line, kind, at, utc)
 
 
-def read_runs(found):
+def read_runs(found: Evidence) -> dict[str, run_laws.Log | None]:
     """{name of a folder under runs/: Log, or None if it is a script's or unreadable}; adds problems."""
     logs, runs = {}, found.folder / "runs"
     for path in files.listed(runs):
@@ -176,7 +178,7 @@ def read_runs(found):
     return logs
 
 
-def match(found, logs):
+def match(found: Evidence, logs: dict[str, run_laws.Log | None]) -> Iterator[str]:
     """Which run of the manifest each folder is: none missing, none too many."""
     by_name = {r.finish["folder"]: r for r in found.claim.runs if r.finish and r.finish["folder"] is not None}
     by_hash = {r.hash: r for r in found.claim.runs if not (r.finish and r.finish["folder"])}
@@ -193,7 +195,7 @@ def match(found, logs):
             yield f"runs/{name}: missing: the manifest has it as run {run.run} ({run.arm}, seed {run.seed})"
 
 
-def check_registered(found, run):
+def check_registered(found: Evidence, run: manifest.Run) -> Iterator[str]:
     """A run's log against the run's lines in the manifest."""
     log = found.logs.get(run.run)
     if log is None:
@@ -223,7 +225,7 @@ def check_registered(found, run):
     yield from check_moment(run, log)
 
 
-def check_moment(run, log):
+def check_moment(run: manifest.Run, log: run_laws.Log) -> Iterator[str]:
     """The process lived between the lines that announced and finished it."""
     logged = moment(log.start["utc"])
     if logged is None:
@@ -242,7 +244,7 @@ def check_moment(run, log):
                f"finished at {run.finish['utc']}")
 
 
-def check_unaccounted(found):
+def check_unaccounted(found: Evidence) -> Iterator[str]:
     """The manifest's dates leave the new arm's processes no more time than the parent's that their logs do
     not tell: a log whose times were all shortened lacks what passed here."""
     spent = {"new": [], "parent": []}
@@ -259,7 +261,7 @@ def check_unaccounted(found):
                f"parent {parent:.0f} s: times that were shortened leave such a gap")
 
 
-def check_script_run(found, run):
+def check_script_run(found: Evidence, run: manifest.Run) -> Iterator[str]:
     """A script's log: its bytes are those of the manifest, and they hold one whole run."""
     if run.finish is None or run.finish["folder"] is None:
         return
@@ -279,7 +281,7 @@ def check_script_run(found, run):
 
 # ----- runs against each other ------------------------------------------------------------------------------
 
-def check_alike(found):
+def check_alike(found: Evidence) -> Iterator[str]:
     """One scale and program version, the declared machine; equal streams where the data settings are
     equal."""
     logs, d = list(found.logs.values()), found.declaration
@@ -308,7 +310,7 @@ def check_alike(found):
         yield from alike(same, "stream_digest")
 
 
-def check_untimed(found):
+def check_untimed(found: Evidence) -> Iterator[str]:
     """What is off the clock is no place for work: start, warm-up and validations last as long
     as those of like runs.
 
@@ -345,14 +347,14 @@ def check_untimed(found):
                    f"{parent / 1000:.0f} s, and the manifest does not say why (submit --long-start)")
 
 
-def untimed(log):
+def untimed(log: run_laws.Log) -> dict | None:
     """{where, start, warm-up, validation (median)} in ms of a log that got past its warm-up, else None."""
     reset, rests = log.one("reset"), [rest for _, _, rest in log.intervals]
     return {"where": log.where, "start": reset["start_ms"], "warm-up": reset["warmup_ms"],
             "validation": middle.median(rests)} if rests else None
 
 
-def check_artefacts(found):
+def check_artefacts(found: Evidence) -> Iterator[str]:
     """Nothing lies in the folder that no law reads: the code's difference is the declared one,
     runs/ holds runs only."""
     told, path = found.declaration.get("code_diff"), found.folder / "code.diff"
@@ -377,7 +379,7 @@ def check_artefacts(found):
     yield from check_known_files(found)
 
 
-def check_known_files(found):
+def check_known_files(found: Evidence) -> Iterator[str]:
     """Every file and folder of a claim is one that a law here, or the page, reads."""
     patches = [arms.patch_path(found.folder, a).name for a in found.declaration["arms"].values()
                if isinstance(a.get("dirty"), str)]
@@ -392,7 +394,7 @@ def check_known_files(found):
             yield f"{entry.path}: no part of a claim folder: remove it"
 
 
-def check_copies(found):
+def check_copies(found: Evidence) -> Iterator[str]:
     """No run is another one under a new name: not by its times, its losses,
     or the initial state of its seed."""
     times, losses, states, seeds, probes = {}, {}, {}, {}, {}
@@ -424,7 +426,7 @@ def check_copies(found):
             )
 
 
-def check_reruns(found):
+def check_reruns(found: Evidence) -> Iterator[str]:
     """Two runs of one arm and seed, one of which a fault excluded, have the same losses while both go."""
     first = {}
     for run in found.claim.runs:
@@ -442,7 +444,7 @@ def check_reruns(found):
 
 # ----- the plan, and what a record must show ----------------------------------------------------------------
 
-def check_plan(found):
+def check_plan(found: Evidence) -> Iterator[str]:
     """Every declared run was made, or a declared look ended the claim;
     in the order that the declared seed draws."""
     claim, d = found.claim, found.declaration
@@ -468,7 +470,7 @@ def check_plan(found):
                "another number of runs")
 
 
-def check_comparison(found):
+def check_comparison(found: Evidence) -> Iterator[str]:
     """An A/A test has the same arms, and no other comparison has two that are."""
     d = found.declaration
     twins = [arms.same(a, b) for a, b in itertools.combinations(d["arms"].values(), 2)]
@@ -479,7 +481,7 @@ def check_comparison(found):
         )
 
 
-def check_record_claim(found):
+def check_record_claim(found: Evidence) -> Iterator[str]:
     """A record runs against its parent, unchanged, under the speedrun's rules."""
     d, where = found.declaration, manifest.NAME
     if d["alpha"] > MOST_ALPHA:
@@ -522,7 +524,7 @@ def check_record_claim(found):
             )
 
 
-def check_order(d):
+def check_order(d: dict) -> Iterator[str]:
     """The order of execution and the seeds are what order_seed draws, not what somebody picked."""
     runs = d["plan"].get("runs") or d["plan"]["looks"][-1]["runs"]
     first = min(x["seed"] for x in d["order"] if not x["discard"])

@@ -20,7 +20,9 @@ import string
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from common import arguments as numbers  # `arguments` is what every command declares its own with
 from common import console, environment, files, repository
@@ -38,14 +40,14 @@ FIXED = (  # options that a declared plan has settled
     "allow_dirty")
 
 
-def quoted(text):
+def quoted(text: str) -> NoReturn:
     """Refuse an option that was typed outside the quotes of an arm."""
     raise UserError(
         f"{text!r} stands outside an arm: put each arm and its changes in quotes, like \"short/11 --set a=b\""
     )
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records compare`."""
     p.add_argument(
         "arms", nargs="*", metavar="ARM",
@@ -88,7 +90,7 @@ def arguments(p):
         p.add_argument(flag, dest="outside", type=quoted, help=argparse.SUPPRESS)
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int | None:
     """`records compare`: declare a plan or go on with one, run it, report. Returns the exit code."""
     if options.resume:
         given = [name for name in FIXED if getattr(options, name) not in (None, [], False)]
@@ -114,7 +116,9 @@ def run(options):
 
 # ----- the plan ---------------------------------------------------------------------------------------------
 
-def make_order(names, runs, pairing, seed0=0, order_seed=0):
+def make_order(
+    names: Iterable[str], runs: int, pairing: str, seed0: int = 0, order_seed: int = 0
+) -> list[dict]:
     """[{arm, seed, discard}]: blocks that hold every arm once in random order, after one discarded run.
 
     pairing seed: block b has seed seed0 + b for all arms. none: every run has its own seed. The discarded
@@ -134,7 +138,7 @@ def make_order(names, runs, pairing, seed0=0, order_seed=0):
     return order
 
 
-def plan(options):
+def plan(options: argparse.Namespace) -> tuple[dict, dict[str, bytes], str]:
     """(declaration, patches of uncommitted code, code diff) of a command line, with all arms checked and
     resolved."""
     confidence = 0.95 if options.confidence is None else options.confidence
@@ -154,9 +158,11 @@ def plan(options):
 
 
 def declaration_of(
-    found, runs, *, claim="comparison", record=None, target=None, alpha=0.01, pairing="seed", seed0=0,
-    order_seed=None, processes=None, data=None, diff="", **more
-):
+    found: dict[str, dict], runs: dict, *, claim: str = "comparison", record: str | None = None,
+    target: float | None = None, alpha: float = 0.01, pairing: str = "seed", seed0: int = 0,
+    order_seed: int | None = None, processes: int | None = None, data: str | None = None, diff: str = "",
+    **more: Any
+) -> dict:
     """The declaration of a plan on this machine. UserError where its arms cannot run here (no GPU, or none is
     free).
 
@@ -194,19 +200,19 @@ def declaration_of(
     }
 
 
-def on_cpu(found):
+def on_cpu(found: dict[str, dict]) -> bool:
     """Do all arms say themselves that they run on the CPU?"""
     return all(a["settings"] and a["settings"]["system"]["device"] == "cpu" for a in found.values())
 
 
-def code_diff(found):
+def code_diff(found: dict[str, dict]) -> str:
     """Text of the differences of each arm's code to the first one's, '' where all run the same code."""
     base, *others = found
     texts = {name: arms.code_diff(found[base], found[name]) for name in others}
     return "".join(f"# {base} -> {name}\n{text}" for name, text in texts.items() if text)
 
 
-def check_options(options):
+def check_options(options: argparse.Namespace) -> None:
     """UserError for options of a new comparison that contradict each other."""
     if len(options.arms) < 2:
         raise UserError(
@@ -226,7 +232,7 @@ def check_options(options):
         raise UserError("--fault explains a run of a plan that is under way: it goes with --resume DIR")
 
 
-def check_arms(found, options):
+def check_arms(found: dict[str, dict], options: argparse.Namespace) -> None:
     """Refuse arms that cannot be told apart, and pairs that would not be pairs."""
     names = list(found)
     for i, a in enumerate(names):
@@ -260,7 +266,10 @@ def check_arms(found, options):
             f"validation.tokens = {v} in {n!r}" for n, v in records.items()))
 
 
-def declare(folder, declaration, patches=None, diff="", say=print):
+def declare(
+    folder: Path | str, declaration: dict, patches: dict[str, bytes] | None = None, diff: str = "",
+    say: Callable[..., None] = print
+) -> None:
     """Write a plan into a new folder: manifest.jsonl with its declaration, uncommitted code, code.diff."""
     folder = Path(folder)
     # else create() refuses; the manifest comes last, when all it names is there
@@ -290,7 +299,10 @@ def declare(folder, declaration, patches=None, diff="", say=print):
 
 # ----- running it -------------------------------------------------------------------------------------------
 
-def run_plan(folder, until=None, data=None, fault=None, say=print):
+def run_plan(
+    folder: Path | str, until: int | None = None, data: Path | str | None = None, fault: str | None = None,
+    say: Callable[..., None] = print
+) -> manifest.Claim:
     """Execute the declared order of a claim folder from where it stands. Returns the manifest.Claim.
 
     until: stop when every arm has so many counted runs (a look); None: the whole order. data: where the
@@ -332,14 +344,14 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
         book.close()
 
 
-def starts(claim, folder):
+def starts(claim: manifest.Claim, folder: Path | str) -> list[dict]:
     """Start events of the runs of a claim so far, as far as they can be read."""
     found = [arms.collect(claim.declaration["arms"][r.arm], Path(folder) / "runs", r.finish["folder"])
              for r in claim.runs if r.finish and r.finish["folder"]]
     return [x["start"] for x in found if x["start"]]
 
 
-def locate(declaration, data):
+def locate(declaration: dict, data: Path | str | None) -> Path | None:
     """Absolute folder of the shards, or None for the embedded corpus."""
     data = data or declaration["data"]
     if data is None and declaration["scale"] in ("full", "small"):
@@ -350,7 +362,7 @@ def locate(declaration, data):
     return None if data is None else Path(data).absolute()
 
 
-def same_machine(declaration):
+def same_machine(declaration: dict) -> dict[str, str]:
     """Variables that choose the GPUs; refuses another machine than the declared one, or one whose GPUs are
     busy."""
     declared, here = declaration["machine"], runlog.machine()
@@ -371,7 +383,7 @@ def same_machine(declaration):
     return {"CUDA_VISIBLE_DEVICES": ",".join(g["uuid"] for g in free)}
 
 
-def settle(book, folder):
+def settle(book: manifest.Manifest, folder: Path | str) -> None:
     """Write down what became of a run that outlived the program that started it, or died with it."""
     lost = book.claim.open_run
     if lost is None:
@@ -389,7 +401,7 @@ def settle(book, folder):
         book.append("fault", run=lost.run, cause="killed", note=note)
 
 
-def explain(book, fault):
+def explain(book: manifest.Manifest, fault: str) -> None:
     """Book why the last run failed, from `--fault CAUSE=NOTE`."""
     cause, equals, note = fault.partition("=")
     if not equals or cause not in manifest.CAUSES or not note.strip() or not book.claim.runs:
@@ -398,7 +410,7 @@ def explain(book, fault):
     book.append("fault", run=book.claim.runs[-1].run, cause=cause, note=note.strip())
 
 
-def end_group(started):
+def end_group(started: arms.Started) -> int:
     """Kill what a run has left running in its session; returns how many processes that were."""
     left = processes_of(started.process.pid)
     for pid in left:  # one by one, as some may have made a group of their own
@@ -407,7 +419,7 @@ def end_group(started):
     return len(left)
 
 
-def processes_of(session):
+def processes_of(session: int) -> list[int]:
     """Process ids of a session that still run (Linux; [] where /proc does not tell)."""
     found = []
     for stat in files.listed("/proc", "[0-9]*/stat"):
@@ -419,7 +431,10 @@ def processes_of(session):
     return found
 
 
-def one_run(book, folder, data, variables, say=print):
+def one_run(
+    book: manifest.Manifest, folder: Path | str, data: Path | None, variables: dict[str, str],
+    say: Callable[..., None] = print
+) -> tuple[manifest.Run, dict]:
     """Register, run and book the next run. (manifest.Run, result); UserError or KeyboardInterrupt if it told
     no loss."""
     claim, declaration = book.claim, book.claim.declaration
@@ -456,7 +471,9 @@ def one_run(book, folder, data, variables, say=print):
     return claim.runs[-1], result
 
 
-def lost(book, number, entry, started, result, stopped):
+def lost(
+    book: manifest.Manifest, number: int, entry: dict, started: arms.Started, result: dict, stopped: bool
+) -> NoReturn:
     """Book why a run told no loss, as far as that is known, and stop."""
     said = f"{result['note']}; {started.complaint()}".strip("; ")
     cause = arms.cause_of(started.process.returncode, arms.tail(started.errors), stopped)
@@ -471,7 +488,9 @@ def lost(book, number, entry, started, result, stopped):
                     + (f", {cause.replace('_', ' ')}" if cause else "") + f": {said}; {again}")
 
 
-def wait(started, label, asked, watch=None):
+def wait(
+    started: arms.Started, label: str, asked: Interrupt, watch: Callable[[], None] | None = None
+) -> bool:
     """Wait for a run, with one progress line on a terminal. True if it was stopped.
 
     asked: the Interrupt in whose context this is called: a first signal ends the run in order, a second one
@@ -510,7 +529,7 @@ def wait(started, label, asked, watch=None):
     return stopped_at is not None
 
 
-def check_run(claim, done, result, firsts):
+def check_run(claim: manifest.Claim, done: manifest.Run, result: dict, firsts: dict[str, dict]) -> None:
     """Refuse to go on if a run is not the declared one, or cannot be compared with those before it."""
     if result["folder"] is None:
         return
@@ -540,7 +559,7 @@ def check_run(claim, done, result, firsts):
 OUTCOME = ("status", "val_loss", "train_time_ms", "folder", "last_hash", "curve")  # of arms.collect
 
 
-def outcomes(claim):
+def outcomes(claim: manifest.Claim) -> dict[str, list[dict]]:
     """{arm: [{run, seed, status, val_loss, train_time_ms, folder, last_hash, curve, device, torch}]} of the
     counted runs."""
     out = {name: [] for name in claim.declaration["arms"]}
@@ -558,7 +577,7 @@ def outcomes(claim):
     return out
 
 
-def mean_curve(runs):
+def mean_curve(runs: list[dict]) -> list[tuple[int, float, float]]:
     """[(step, mean val_loss, mean train_time_ms)] over the validations that all runs have."""
     tables = [{step: (loss, ms) for step, loss, ms in r["curve"]} for r in runs]
     found = []
@@ -568,7 +587,9 @@ def mean_curve(runs):
     return found
 
 
-def compare_arms(name, base, found, paired, confidence, goal=GOAL):
+def compare_arms(
+    name: str, base: str, found: dict[str, list[dict]], paired: bool, confidence: float, goal: float = GOAL
+) -> dict:
     """What the runs say about `name` against `base`: loss difference, time ratio, worth, runs to resolve
     `goal`."""
     from evidence import statistics
@@ -598,7 +619,7 @@ def compare_arms(name, base, found, paired, confidence, goal=GOAL):
     return out
 
 
-def analyse(claim):
+def analyse(claim: manifest.Claim) -> dict:
     """results.json of a comparison, from the manifest and the logs alone."""
     from evidence import statistics
     d, found = claim.declaration, outcomes(claim)
@@ -648,7 +669,7 @@ def analyse(claim):
     return results
 
 
-def verdict(c, results):
+def verdict(c: dict, results: dict) -> str:
     """One sentence that says no more than the runs do."""
     name, base, n = c["arm"], c["baseline"], results["arms"][c["baseline"]]["n"]
     bad = {arm: runs for arm, runs in c["without_loss"].items() if runs}
@@ -662,7 +683,7 @@ def verdict(c, results):
     return f"{noise}{loss_words(c, name, base, n, results)}; {time_words(c, results)}"
 
 
-def loss_words(c, name, base, n, results):
+def loss_words(c: dict, name: str, base: str, n: int, results: dict) -> str:
     """One sentence on the difference of final losses between two arms."""
     loss, level = c["loss"], f"{100 * c['confidence']:.4g} %"
     side = f"{abs(loss['estimate']):.4f} {'below' if loss['estimate'] < 0 else 'above'} {base}"
@@ -688,12 +709,12 @@ def loss_words(c, name, base, n, results):
     return words + f", its worth in steps unknown ({worth['reason']})"
 
 
-def digits(value):
+def digits(value: float) -> str:
     """A positive size with about two digits."""
     return f"{abs(value):.0f}" if abs(value) >= 10 else f"{abs(value):.2g}"
 
 
-def time_words(c, results):
+def time_words(c: dict, results: dict) -> str:
     """One sentence on the ratio of training times between two arms."""
     time_, machine = c["time"], results["machine"]
     gpus = machine["gpus"]
@@ -710,7 +731,7 @@ def time_words(c, results):
     return f"its training takes {time_['estimate']:.3f} times as long ({interval}) {where}"
 
 
-def notes(declaration):
+def notes(declaration: dict) -> list[str]:
     """What the reader must know next to the numbers."""
     out, found = [], declaration["arms"]
     if not declaration["machine"]["gpus"]:
@@ -728,7 +749,7 @@ def notes(declaration):
     return out
 
 
-def report(results):
+def report(results: dict) -> None:
     """The table, the verdicts, the notes."""
     def cell(value, scale, width, decimals):
         return format("-" if value is None else format(value * scale, f".{decimals}f"), f">{width}")

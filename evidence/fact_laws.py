@@ -8,17 +8,21 @@ run that the claim could not hold is never registered.
 
 import importlib.metadata
 import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from evidence import arms
-from evidence.run_laws import alike
+from evidence.manifest import Claim
+from evidence.run_laws import Log, alike
 
 EVERYWHERE = ("machine", "cpu", "cores", "torch", "python", "platform")
 WITHIN_AN_ARM = ("fallbacks", "active_parameters", "flops_per_token")
 LATE = "graphs compiled while the clock ran"
 
 
-def check(found):
+def check(found: Any) -> Iterator[str]:
     """Problems of facts that differ between the runs of a claim."""
     logs = list(found.logs.values())
     for key in EVERYWHERE:
@@ -36,7 +40,7 @@ def check(found):
     yield from check_declared(found)
 
 
-def check_devices(found):
+def check_devices(found: Any) -> Iterator[str]:
     """One device line for all runs, its threads included; only system.reduction=ordered fixes threads itself,
     so that arms which differ in it are held to be alike each by itself."""
     by_arm = {name: found.of(name) for name in found.declaration["arms"]}
@@ -50,13 +54,13 @@ def check_devices(found):
                       if all(groups)], "device")
 
 
-def ordered(log):
+def ordered(log: Log) -> bool:
     """Do the settings of a log fix the number of threads?"""
     system = log.start["settings"].get("system")
     return isinstance(system, dict) and system.get("reduction") == "ordered"
 
 
-def check_fallbacks(found):
+def check_fallbacks(found: Any) -> Iterator[str]:
     """The parent may not be slower than its device allows in a way that the new arm is not."""
     if found.declaration["claim"] == "comparison" or not {"new", "parent"} <= set(found.declaration["arms"]):
         return
@@ -68,13 +72,13 @@ def check_fallbacks(found):
                        f"{line:.100}")
 
 
-def fallbacks(log):
+def fallbacks(log: Log) -> list[str]:
     """The lines of a log on what runs slower than it could; older logs have none."""
     told = log.start.get("fallbacks")
     return [x for x in told if isinstance(x, str)] if isinstance(told, list) else []
 
 
-def check_declared(found):
+def check_declared(found: Any) -> Iterator[str]:
     """Python, torch and platform are those that were declared before the first run, and so are the variables
     that the runs found."""
     d = found.declaration
@@ -93,7 +97,7 @@ def check_declared(found):
 
 # ----- before a plan goes on --------------------------------------------------------------------------------
 
-def programs():
+def programs() -> dict[str, str | None]:
     """{python, platform, torch} of this process, as the runs that it starts will log them; torch is not
     imported."""
     try:
@@ -103,11 +107,11 @@ def programs():
     return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch}
 
 
-def require_same(claim, starts, shards):
+def require_same(claim: Claim, starts: list[dict], shards: Path | None) -> None:
     """UserError if a run from here could not stand next to those of the claim. Nothing has been registered.
 
-    claim: manifest.Claim. starts: start events of its runs so far. shards: folder of the shards that the next
-    run would read, or None for the embedded corpus.
+    starts: start events of the claim's runs so far. shards: folder of the shards that the next run would
+    read, or None for the embedded corpus.
     """
     d = claim.declaration
     for key, here in programs().items():
@@ -123,7 +127,7 @@ def require_same(claim, starts, shards):
         require_same_shards(d, starts, shards)
 
 
-def require_same_shards(d, starts, shards):
+def require_same_shards(d: dict, starts: list[dict], shards: Path) -> None:
     """UserError if a folder of shards holds other tokens than those that were declared."""
     from data.shards import open_corpus, val_digest
     remedy = "no run was registered; name the folder of the first runs with --data"

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from common import files, sandbox, untrusted
@@ -131,7 +132,7 @@ def option(change: str) -> str:
     return f"{found[1]}={found[2]}"
 
 
-def answer_of(folder: Path, arm: dict, read_sources) -> tuple[dict, str]:
+def answer_of(folder: Path, arm: dict, read_sources: Callable[[], str]) -> tuple[dict, str]:
     """(what the code of an arm resolves it to, where that code comes from).
 
     folder: the claim's. read_sources: () -> text of the claim's archive of sources, for an arm whose commit

@@ -30,10 +30,13 @@ last where no log, one or two logs, or fewer logs than claimed runs are there an
 and the logs cannot show it.
 """
 
+import argparse
 import csv
 import hashlib
+from collections.abc import Callable
 from math import fsum
 from pathlib import Path
+from typing import Any
 
 from common import errors, files, lines
 from common.errors import UserError
@@ -53,7 +56,7 @@ DONORS = 8  # runs of a published group from which its residuals count for the b
 ROLES = ("record", "baseline", "other", "incomplete", "duplicate")
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `records judge`."""
     parser.add_argument("record", nargs="?", help="one record in detail, like short/80 or optimizer/46")
     parser.add_argument("--track", choices=list(TARGETS), help="one track only")
@@ -61,7 +64,7 @@ def arguments(parser):
     parser.add_argument("--json", metavar="FILE", help="also write the result there, for programs")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
     """`records judge`: judge the published logs, print tables or one record in detail."""
     tables = load()
     ref = find(tables, options.record, options.track) if options.record else None
@@ -76,7 +79,7 @@ def run(options):
 
 # ----- the two tables ---------------------------------------------------------------------------------------
 
-def load(folder=HERE):
+def load(folder: Path = HERE) -> dict:
     """{"groups": [row], "runs": {(track, dir, group): [row]}, "digest": of both files},
     checked against each other."""
     groups, runs = read(folder / GROUPS, group_row), read(folder / RUNS, run_row)
@@ -113,7 +116,9 @@ def load(folder=HERE):
     return {"groups": [row for _, row in groups], "runs": members, "digest": digest}
 
 
-def check_group(path, line, row, runs, logs):
+def check_group(
+    path: Path, line: int, row: dict, runs: list[dict], logs: set[tuple[str, str, str]]
+) -> None:
     """The line of a counted group must be supported by its runs:
     none may stop before the step that counts."""
     timed = any(r["time_ms"] for r in runs) and row["track"] != "optimizer"
@@ -130,12 +135,12 @@ def check_group(path, line, row, runs, logs):
         raise damaged(path, line, f"linked_log {row['linked_log']!r} has no run in {RUNS}")
 
 
-def damaged(path, line, what):
+def damaged(path: Path, line: int | None, what: str) -> UserError:
     """The UserError for a published table that does not hold what it should."""
     return UserError(f"{path}{f' line {line}' if line else ''}: {what}; {RESTORE}")
 
 
-def read(path, convert):
+def read(path: Path, convert: Callable[[Path, int, dict[str, str]], dict]) -> list[tuple[int, dict]]:
     """[(line number, converted row)] of a csv file, or a UserError that names the line."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -153,7 +158,10 @@ def read(path, convert):
     return rows
 
 
-def number(path, line, row, name, kind, least, most, optional=False):
+def number(
+    path: Path, line: int, row: dict[str, str], name: str, kind: type[int] | type[float], least: float,
+    most: float, optional: bool = False
+) -> int | float | None:
     """row[name] as a number within its bounds; None where empty and optional."""
     text = row.get(name)
     if text is None:
@@ -169,7 +177,7 @@ def number(path, line, row, name, kind, least, most, optional=False):
     return value
 
 
-def texts(path, line, row, names):
+def texts(path: Path, line: int, row: dict[str, str], names: tuple[str, ...]) -> dict[str, str]:
     """The named text columns of a row. UserError if one is missing or the track is unknown."""
     for name in names:
         if name not in row:
@@ -179,7 +187,7 @@ def texts(path, line, row, names):
     return {name: row[name] for name in names}
 
 
-def run_row(path, line, row):
+def run_row(path: Path, line: int, row: dict[str, str]) -> dict:
     """One row of runs.csv, typed and within its bounds."""
     return texts(path, line, row, ("track", "dir", "group", "log", "run")) | {
         "step": number(path, line, row, "step", int, 1, 10**6),
@@ -187,7 +195,7 @@ def run_row(path, line, row):
         "time_ms": number(path, line, row, "time_ms", float, 1, 10**9, optional=True)}
 
 
-def group_row(path, line, row):
+def group_row(path: Path, line: int, row: dict[str, str]) -> dict:
     """One row of groups.csv, typed and within its bounds."""
     out = texts(path, line, row, ("track", "record", "date", "dir", "group", "role", "kind", "waived",
                                   "linked_log", "previous", "note"))
@@ -202,22 +210,22 @@ def group_row(path, line, row):
         "step_loss": number(path, line, row, "step_loss", float, 0.5, 20, optional=True)}
 
 
-def counted(tables, track=None):
+def counted(tables: dict, track: str | None = None) -> list[dict]:
     """The counted groups, in order."""
     return [g for g in tables["groups"] if g["role"] == "record" and track in (None, g["track"])]
 
 
-def average(values):
+def average(values: list[float]) -> float:
     """Mean of a list, summed without rounding."""
     return fsum(values) / len(values)
 
 
-def runs_of(tables, group):
+def runs_of(tables: dict, group: dict) -> list[dict]:
     """The published runs of a group of logs."""
     return tables["runs"].get((group["track"], group["dir"], group["group"]), [])
 
 
-def find(tables, name, track=None):
+def find(tables: dict, name: str, track: str | None = None) -> str:
     """Ref of a published record for `short/80`, `short/080`, a slug this repository knows,
     or `80` with --track."""
     refs = [f"{g['track']}/{g['record']}" for g in counted(tables)]
@@ -247,7 +255,7 @@ def find(tables, name, track=None):
 
 # ----- judging ----------------------------------------------------------------------------------------------
 
-def judge(tables, track=None, ref=None):
+def judge(tables: dict, track: str | None = None, ref: str | None = None) -> dict:
     """{"version", "data" (digest of the tables), "tracks": counts, "records": [facts and verdict]}."""
     groups = counted(tables, track)
     if ref:
@@ -259,7 +267,7 @@ def judge(tables, track=None, ref=None):
             "records": records}
 
 
-def judge_group(tables, group):
+def judge_group(tables: dict, group: dict) -> dict:
     """Facts and verdict of one record: see the fields at the end. Losses in nats, times in minutes."""
     runs, target = runs_of(tables, group), TARGETS[group["track"]]
     at_step = bool(runs) and all(r["step"] == group["step"] for r in runs)
@@ -294,7 +302,7 @@ def judge_group(tables, group):
     }
 
 
-def robust_p(tables, n, test):
+def robust_p(tables: dict, n: int, test: dict) -> float | None:
     """The p of a t test below 0.05 by the bootstrap: how often n residuals of the published groups of
     DONORS and more runs give as low a t. None for other tests.
 
@@ -311,7 +319,7 @@ def robust_p(tables, n, test):
     return (below + 1) / (len(cache[n]) + 1)
 
 
-def verdict(group, facts):
+def verdict(group: dict, facts: dict) -> tuple[str, str]:
     """('pass' | 'miss' | 'cannot tell', why)."""
     n, claimed = facts["n"], group["claimed_runs"]
     if facts["passed"]:
@@ -330,7 +338,7 @@ def verdict(group, facts):
     return "miss", f"score {facts['score']:.5f}" if group["track"] == "optimizer" else f"p = {facts['p']:.3g}"
 
 
-def minutes(tables, group, runs):
+def minutes(tables: dict, group: dict, runs: list[dict]) -> dict[str, float | None]:
     """Published minutes, those of the linked log, and the mean over the counted runs,
     with deviations in percent."""
     every = [
@@ -351,7 +359,7 @@ def minutes(tables, group, runs):
     return out
 
 
-def pairwise(tables, group, facts):
+def pairwise(tables: dict, group: dict, facts: dict) -> dict | None:
     """The optimizer track's pairwise rule against the best result before, or None.
 
     Where the logs cannot tell, the published mean and number of runs stand in (`published` is True).
@@ -367,7 +375,7 @@ def pairwise(tables, group, facts):
             **z_pairwise(*sides[0], *sides[1], saved)}
 
 
-def summary(records):
+def summary(records: list[dict]) -> dict:
     """Counts of a track, and the records behind them."""
     def names(keep):
         return [r["record"].split("/")[1] for r in records if keep(r)]
@@ -418,12 +426,12 @@ LESS_WANTED = ("linked", "slower", "logs", "in sd", "robust p", "sd", "pairwise 
 NOTE = 12
 
 
-def digits(value, form):
+def digits(value: float | None, form: str) -> str:
     """A number in a format, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 
-def cells(r):
+def cells(r: dict) -> list[str]:
     """One line of a track's table."""
     state = r["verdict"]
     if state != "pass" and r["waived"]:
@@ -453,7 +461,7 @@ def cells(r):
     ]
 
 
-def show_table(head, rows, markdown):
+def show_table(head: tuple[str, ...], rows: list[list[str]], markdown: bool) -> None:
     """A table for the terminal, or as Markdown. The last column is free text."""
     if markdown:
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
@@ -475,7 +483,7 @@ def show_table(head, rows, markdown):
               f"{', '.join(head[i] for i in range(len(widths)) if i not in shown)})")
 
 
-def report(result, markdown):
+def report(result: dict, markdown: bool) -> None:
     """Print one table per track and one sentence of counts for each."""
     for track in result["tracks"]:
         print(f"### {TITLES[track]}\n" if markdown else TITLES[track])
@@ -487,7 +495,7 @@ def report(result, markdown):
           "No log shows the runs that were not committed, nor how often a set was tried.")
 
 
-def sentence(track, counts):
+def sentence(track: str, counts: dict) -> str:
     """The counts of a track in one line."""
     def listed(names):
         return f"{len(names)} ({', '.join(names)})"
@@ -514,7 +522,7 @@ def sentence(track, counts):
     return line + "."
 
 
-def detail(tables, r, markdown=False):
+def detail(tables: dict, r: dict, markdown: bool = False) -> None:
     """One record: its line, the groups of its folder, its runs, the difference from each baseline there."""
     show_table(HEADS[r["track"]], [cells(r)], markdown)
     print()
@@ -556,7 +564,7 @@ def detail(tables, r, markdown=False):
         print(f"{'- ' if markdown else '  '}{x['val_loss']:.5f} at step {x['step']}{clock}  {name}")
 
 
-def baselines(tables, group, folder):
+def baselines(tables: dict, group: dict, folder: list[dict]) -> None:
     """Loss difference and time ratio against each baseline group of the folder (Welch;
     different steps are named)."""
     new = runs_of(tables, group)
@@ -579,7 +587,7 @@ def baselines(tables, group, folder):
 
 # ----- for programs -----------------------------------------------------------------------------------------
 
-def rounded(value):
+def rounded(value: Any) -> Any:
     """Six significant digits below the loss's size are more than the logs hold;
     the file then survives a new scipy."""
     if isinstance(value, dict):
@@ -587,13 +595,13 @@ def rounded(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def as_text(result):
+def as_text(result: dict) -> str:
     """The result as JSON, one record a line, so that a changed verdict is one changed line."""
     head = {k: rounded(v) for k, v in result.items() if k != "records"}
     lines = ",\n".join(files.json_text(rounded(r), ensure_ascii=False) for r in result["records"])
     return files.json_text(head, ensure_ascii=False)[:-1] + f', "records": [\n{lines}\n]}}\n'
 
 
-def write(result, path):
+def write(result: dict, path: Path | str) -> None:
     """Write a result as JSON."""
     files.write(path, as_text(result))

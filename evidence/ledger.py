@@ -17,14 +17,16 @@ under another name, or outside, leaves no line.
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import files, untrusted
 from common.errors import UserError
 from common.interrupt import held
-from evidence.manifest import CLOCK_S, moment
+from evidence.manifest import CLOCK_S, Claim, Require, moment
 from evidence.plausible import DAY_S, now
 from settings import deltas
 
@@ -62,16 +64,16 @@ class Ledger:
     dates: list = field(default_factory=list)
 
     @property
-    def share(self):
+    def share(self) -> float:
         """What one leg may use of the rule's alpha."""
         return self.opened["rule"]["alpha"] / self.opened["rule"]["legs"]
 
     @property
-    def open_leg(self):
+    def open_leg(self) -> Leg | None:
         """The last leg if nothing says what became of it, else None."""
         return self.legs[-1] if self.legs and self.legs[-1].fate is None else None
 
-    def add(self, event, digest):
+    def add(self, event: dict, digest: str) -> None:
         """Take in one line; UserError if it has no place here."""
         kind, n = event["kind"], len(self.hashes)
 
@@ -106,7 +108,7 @@ class Ledger:
         self.hashes.append(digest)
         self.dates.append(event["utc"])
 
-    def require_leg(self, event, require):
+    def require_leg(self, event: dict, require: Require) -> None:
         """A next leg: numbered in order, none open, none shown before, not more than the rule says."""
         require(event["leg"] == len(self.legs) + 1,
                 f"legs are numbered in order: expected {len(self.legs) + 1}")
@@ -123,7 +125,7 @@ class Ledger:
                 "a leg before it was shown: that decides")
 
 
-def is_plan(plan):
+def is_plan(plan: dict) -> bool:
     """Is it {"runs": n}, or {"looks": [{"runs": n, "alpha": a}, ...]}?"""
     if set(plan) == {"runs"}:
         return type(plan["runs"]) is int
@@ -131,7 +133,7 @@ def is_plan(plan):
         isinstance(x, dict) and set(x) == {"runs", "alpha"} and type(x["runs"]) is int for x in plan["looks"])
 
 
-def shaped(event, shape, require):
+def shaped(event: dict, shape: dict, require: Require) -> None:
     """Require that an event has these fields with these types, and no others."""
     for name, kind in shape.items():
         value = event.get(name, ...)
@@ -229,7 +231,7 @@ def line_of(declaration: dict, leg: int, name: str) -> dict:
             if isinstance(stack, list) else []}
 
 
-def settle(folder: Path, claim, results: dict) -> None:
+def settle(folder: Path, claim: Claim, results: dict) -> None:
     """Book what became of the leg in a claim folder, once: in its idea's ledger and in the copy next to
     it."""
     entry = claim.declaration.get("ledger")
@@ -274,7 +276,7 @@ def same_idea(record: deltas.Record) -> str | None:
 
 # ----- of a claim that is verified --------------------------------------------------------------------------
 
-def check(found):
+def check(found: Any) -> Iterator[str]:
     """Problems of a claim's ledger: the chain is whole, this leg is in it as declared, and the rule covers
     it."""
     d, path = found.declaration, found.folder / NAME
@@ -308,7 +310,7 @@ def check(found):
     yield from check_original(found, ledger, entry)
 
 
-def check_leg(found, ledger, leg):
+def check_leg(found: Any, ledger: Ledger, leg: Leg) -> Iterator[str]:
     """Machine, plan and stack of a leg are those of its manifest, and its rule covers what is claimed."""
     d, rule = found.declaration, ledger.opened["rule"]
     if ledger.opened["idea"] != d["ledger"]["idea"]:
@@ -330,7 +332,7 @@ def check_leg(found, ledger, leg):
                "all its legs")
 
 
-def check_order(found, ledger, leg):
+def check_order(found: Any, ledger: Ledger, leg: Leg) -> Iterator[str]:
     """The rule was written before the first leg, the leg before its manifest, and its fate after the last
     run."""
     before = None
@@ -365,7 +367,7 @@ def check_order(found, ledger, leg):
                f"manifest has {made[wrong[0]]}")
 
 
-def check_original(found, ledger, entry):
+def check_original(found: Any, ledger: Ledger, entry: dict) -> Iterator[str]:
     """The chain next to a leg is that of its idea in this checkout, as far as it goes."""
     home = home_of(found.folder, entry)
     if home.resolve() == found.folder.resolve():
@@ -382,7 +384,7 @@ def check_original(found, ledger, entry):
         found.ledger = whole
 
 
-def told(found):
+def told(found: Any) -> dict | None:
     """results.json's `attempts`: the rule and every leg with its fate, or None without a ledger."""
     ledger = found.ledger
     if ledger is None:
@@ -395,7 +397,7 @@ def told(found):
             "this": found.declaration["ledger"]["leg"], "legs": legs}
 
 
-def lines(attempts):
+def lines(attempts: dict) -> Iterator[str]:
     """What a person reads of results.json's `attempts`."""
     rule = attempts["rule"]
     yield f"attempts at {attempts['idea']}: rule of {attempts['ruled']}: {rule['text']}"

@@ -22,8 +22,10 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import untrusted
@@ -71,6 +73,7 @@ FREE_OF_ARM = {"text": str, "ref": (str, type(None)), "commit": (str, type(None)
 MACHINE = {"machine": str, "cpu": str, "cores": (int, type(None)), "gpus": list, "platform": str,
            "python": str, "torch": (str, type(None))}
 LAUNCHERS = ("python", "system/launch.py")
+Require = Callable[[object, str], None]  # raises UserError with the text unless the first argument holds
 
 
 @dataclass
@@ -87,12 +90,12 @@ class Run:
     fault: dict | None = None
 
     @property
-    def counts(self):
+    def counts(self) -> bool:
         """Does it enter the statistics, as a loss or as a failure?"""
         return not self.discard and self.fault is None
 
     @property
-    def status(self):
+    def status(self) -> str:
         """What became of it; `failed` while nothing says otherwise."""
         return self.finish["status"] if self.finish else "failed"
 
@@ -101,44 +104,44 @@ class Claim:
     """What a manifest says so far: declaration, runs, looks, withdrawal.
     `add` checks each event against all before it."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path | str) -> None:
         self.path, self.declaration, self.runs, self.looks = Path(path), None, [], []
         self.withdrawn = None  # the event, once the claim is given up
         self.last_hash, self.events, self.last_utc = runlog.GENESIS, 0, None
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         return self.path.parent
 
     @property
-    def open_run(self):
+    def open_run(self) -> Run | None:
         """The registered run of which nothing more is known, or None."""
         last = self.runs[-1] if self.runs else None
         return last if last and last.finish is None and last.fault is None else None
 
     @property
-    def next_place(self):
+    def next_place(self) -> int:
         """Index in the declared order of the run that comes next: the places of faulty runs are run again."""
         return sum(r.fault is None for r in self.runs)
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         """Has every place of the declared order been run? (Looks may end a claim before.)"""
         return self.open_run is None and self.next_place == len(self.declaration["order"])
 
     @property
-    def ended(self):
+    def ended(self) -> bool:
         """Has everything been run that the plan asks for: the whole order,
         or as much as a look needed to decide?"""
         if "looks" in self.declaration["plan"]:
             return self.open_run is None and bool(self.looks) and self.looks[-1]["decision"] != "continue"
         return self.complete
 
-    def counted(self, arm):
+    def counted(self, arm: str) -> list[Run]:
         """The runs of an arm that count, in order of execution."""
         return [r for r in self.runs if r.arm == arm and r.counts]
 
-    def add(self, event, digest):
+    def add(self, event: dict, digest: str) -> None:
         """Take in one event (a dict with n, kind, utc) and its hash; UserError if it has no place here."""
         kind = event["kind"]
 
@@ -160,7 +163,7 @@ class Claim:
              "withdraw": self.withdraw}[kind](event, digest, require)
         self.last_hash, self.events, self.last_utc = digest, self.events + 1, event.get("utc")
 
-    def register(self, event, digest, require):
+    def register(self, event: dict, digest: str, require: Require) -> None:
         require(self.open_run is None,
                 f"run {len(self.runs) - 1} is still open: finish it or explain it first")
         require(not self.looks or self.looks[-1]["decision"] == "continue",
@@ -173,7 +176,7 @@ class Claim:
         self.runs.append(
             Run(event["run"], event["arm"], event["seed"], event["discard"], digest, place, event["utc"]))
 
-    def finish(self, event, digest, require):
+    def finish(self, event: dict, digest: str, require: Require) -> None:
         require(self.open_run is not None and event["run"] == self.open_run.run,
                 f"run {event['run']} is not under way")
         require(event["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}")
@@ -188,7 +191,7 @@ class Claim:
                 f"a {event['status']} run has a folder")
         self.runs[-1].finish = event
 
-    def fault(self, event, digest, require):
+    def fault(self, event: dict, digest: str, require: Require) -> None:
         require(0 <= event["run"] == len(self.runs) - 1,
                 f"only the last run can be excluded, not run {event['run']}")
         run = self.runs[-1]
@@ -198,7 +201,7 @@ class Claim:
         require(event["cause"] in CAUSES, f"cause must be one of {', '.join(CAUSES)}")
         run.fault = event
 
-    def look(self, event, digest, require):
+    def look(self, event: dict, digest: str, require: Require) -> None:
         looks = self.declaration["plan"].get("looks", [])
         require(len(self.looks) < len(looks) and looks[len(self.looks)]["runs"] == event["runs"],
                 f"a look at {event['runs']} runs was not declared" + (" as the next" if looks else ""))
@@ -210,13 +213,13 @@ class Claim:
         )
         self.looks.append(event)
 
-    def withdraw(self, event, digest, require):
+    def withdraw(self, event: dict, digest: str, require: Require) -> None:
         require(self.open_run is None, f"run {len(self.runs) - 1} is still open: say first what became of it")
         require(event["why"].strip() != "", "why must not be empty")
         self.withdrawn = event
 
 
-def check_fields(event, types, require):
+def check_fields(event: dict, types: dict, require: Require) -> None:
     """Require that an event has these fields with these types."""
     for name, kind in types.items():
         require(name in event, f"{name} is missing")
@@ -224,18 +227,18 @@ def check_fields(event, types, require):
                 f"{name} = {event[name]!r} has the wrong type")
 
 
-def check_there(table, types, require):
+def check_there(table: dict, types: dict, require: Require) -> None:
     """Require that those of these fields that a table has are of these types."""
     check_fields(table, {name: types[name] for name in types if name in table}, require)
 
 
-def check_known(table, known, where, require):
+def check_known(table: dict, known: Iterable[str], where: str, require: Require) -> None:
     """Require that a table has no other field than the known ones."""
     odd = sorted(table.keys() - set(known))
     require(not odd, f"{where} has a field {', '.join(odd)[:60]!r} that nothing reads")
 
 
-def check_declaration(event, require):
+def check_declaration(event: dict, require: Require) -> None:
     """Whole and consistent: known version, arms, a plan whose counts the order has, alphas that add up."""
     require(
         event.get("version") == VERSION,
@@ -296,7 +299,7 @@ def check_declaration(event, require):
                 "order: paired arms must have the same seeds")
 
 
-def check_free(event, require):
+def check_free(event: dict, require: Require) -> None:
     """No unknown field, and each one that only some declarations and arms have is of its type."""
     check_known(event, (*DECLARED, *MAY_DECLARE, *CHAIN), "the declaration", require)
     check_there(event, FREE, require)
@@ -313,7 +316,7 @@ def check_free(event, require):
             "corpus_prefixes must be digests")
 
 
-def moment(utc):
+def moment(utc: Any) -> float | None:
     """Seconds since the epoch of a date as logs have it, or None."""
     try:
         date = datetime.datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ")
@@ -326,12 +329,12 @@ def moment(utc):
 
 # ----- files ------------------------------------------------------------------------------------------------
 
-def manifest_path(where):
+def manifest_path(where: Path | str) -> Path:
     """DIR/manifest.jsonl for a claim folder, or the path of the file itself."""
     return Path(where) / NAME if Path(where).is_dir() else Path(where)
 
 
-def read(where):
+def read(where: Path | str) -> Claim:
     """The Claim in a folder (or manifest file), every line checked. UserError on anything broken."""
     path = manifest_path(where)
     claim = Claim(path)
@@ -347,7 +350,7 @@ class Manifest:
     nobody else continues the plan, even if the process that started it was killed.
     """
 
-    def __init__(self, path, new=False):
+    def __init__(self, path: Path, new: bool = False) -> None:
         self.claim = Claim(path)
         try:
             if new:
@@ -372,7 +375,7 @@ class Manifest:
                             "running; wait for it or end it") from None
 
     @held
-    def append(self, kind, **fields):
+    def append(self, kind: str, **fields) -> str:
         """Check and write one event; it is on the disk when this returns its hash."""
         utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         event = runlog.plain_event(n=self.claim.events, kind=kind, utc=utc, **fields)
@@ -393,11 +396,11 @@ class Manifest:
                 "space and continue") from None
         return digest
 
-    def close(self):
+    def close(self) -> None:
         os.close(self.descriptor)
 
 
-def create(folder, declaration):
+def create(folder: Path | str, declaration: dict) -> Manifest:
     """A new Manifest in a folder that has none, with its declaration written."""
     # refuse before a file exists
     Claim(Path(folder) / NAME).add({"n": 0, "kind": "declare", **declaration}, "")
@@ -406,7 +409,7 @@ def create(folder, declaration):
     return manifest
 
 
-def resume(folder):
+def resume(folder: Path | str) -> Manifest:
     """The Manifest of a folder, open for appending. A last line that a kill cut short is removed."""
     path = Path(folder) / NAME
     manifest = Manifest(path)

@@ -7,6 +7,8 @@ track's own settings of the validation are no business of a record (`check_track
 """
 
 import statistics as middle
+from collections.abc import Iterator
+from typing import Any
 
 from evidence import run_laws
 
@@ -21,7 +23,7 @@ TRACK = ("target", "tokens", "seq_len")  # settings of the validation that belon
 
 # ----- laws of the logs -------------------------------------------------------------------------------------
 
-def check(found):
+def check(found: Any) -> Iterator[str]:
     """Problems of the untimed parts of a claim's runs, by absolute bounds."""
     for log in found.logs.values():
         reset, last = log.one("reset"), log.validations[-1:]
@@ -40,7 +42,7 @@ def check(found):
                    f"as many tokens takes {limit / 1000:.1f} s")
 
 
-def check_track(d):
+def check_track(d: dict) -> Iterator[str]:
     """Problems of a declaration whose arms are not validated alike.
 
     Target, validation tokens and context belong to the track. A record that changes them is compared at its
@@ -61,7 +63,7 @@ def check_track(d):
         yield f"manifest.jsonl: target {d['target']}, the settings of arm parent say {parent.get('target')}"
 
 
-def shared_changes(settings, parent):
+def shared_changes(settings: dict, parent: dict) -> list[str]:
     """The assignments PATH=VALUE that give settings the parent's target, validation tokens and context.
 
     Both are nested plain settings. Empty for a record that leaves them alone.
@@ -70,7 +72,7 @@ def shared_changes(settings, parent):
             for key in TRACK if settings["validation"][key] != parent["validation"][key]]
 
 
-def is_shared_change(change, parent):
+def is_shared_change(change: str, parent: dict) -> bool:
     """Does a change like `--set validation.seq_len=1024` only give what the parent has by itself?"""
     path, _, value = change.removeprefix("--set ").partition("=")
     section, _, key = path.strip().partition(".")
@@ -81,12 +83,12 @@ def is_shared_change(change, parent):
 
 # ----- what is charged --------------------------------------------------------------------------------------
 
-def rests_of(events):
+def rests_of(events: list[dict]) -> float:
     """Milliseconds of wall time of a run's events that lie next to the training, from the reset on."""
     return sum(rest for _, _, rest in run_laws.Log("", None, [(e, "") for e in events]).intervals)
 
 
-def charge(rows, rests, paired):
+def charge(rows: dict[str, list[dict]], rests: dict[str, list[float]], paired: bool) -> dict:
     """{excess_s, charged, with_rests}: mean excess of the new arm's rests, and two ratios of times to the
     parent's (statistics.ratio), or None where a time is not positive.
 
@@ -107,7 +109,7 @@ def charge(rows, rests, paired):
                   "with_rests": statistics.ratio(both["new"], both["parent"], paired)}
 
 
-def told(row):
+def told(row: dict) -> str:
     """The line of a verdict on what was off the clock."""
     rests = row["rests_s"]
     return (f"off the clock: {rests['new']:.1f} s next to the training of a run (parent "

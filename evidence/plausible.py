@@ -9,9 +9,12 @@ import datetime
 import itertools
 import math
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from common.errors import UserError
 from evidence import manifest, model_facts
+from evidence.run_laws import Log
 from settings import deltas, renames
 from settings.model import padded_vocab
 
@@ -49,7 +52,7 @@ NAMED = ("record", "scale", "ml_hash", "system_hash", "corpus", "corpus_digest",
          "attention", "comm", "torch", "code", "cpu", "platform", "python", "machine")
 
 
-def check(found):
+def check(found: Any) -> Iterator[str]:
     """Problems of all logs of a claim by themselves and next to each other."""
     for log in found.logs.values():
         yield from check_named(log)
@@ -67,19 +70,19 @@ def check(found):
 
 # ----- one log ----------------------------------------------------------------------------------------------
 
-def check_named(log):
+def check_named(log: Log) -> Iterator[str]:
     """Nothing that a log names is without a name."""
     for key in NAMED:
         if not is_visible(log.start[key]):
             yield f"{log.where}/run.jsonl: {key} is empty"
 
 
-def is_visible(text):
+def is_visible(text: str) -> bool:
     """Has a text a letter or a digit, of any script, that a reader can see?"""
     return any(c.isalnum() and c not in FILLERS for c in text)
 
 
-def check_counts(found, log):
+def check_counts(found: Any, log: Log) -> Iterator[str]:
     """Parameters, active ones, FLOPs and the probe's parameters are those of the settings' model."""
     artefact = f"{log.where}/run.jsonl"
     unknown = "number and names of parameters: torch is not installed here"
@@ -105,7 +108,7 @@ def check_counts(found, log):
         yield f"{artefact}: probe without the parameter {lacking[0]} of its settings' model"
 
 
-def check_stream(log):
+def check_stream(log: Log) -> Iterator[str]:
     """A finished run read the tokens that its data settings draw from the corpus, where that is at hand."""
     end = log.one("end")
     if not log.whole or end["status"] != "finished":
@@ -121,7 +124,7 @@ def check_stream(log):
                f"corpus {log.start['corpus']!r}: other tokens, or another order")
 
 
-def check_first_loss(log):
+def check_first_loss(log: Log) -> Iterator[str]:
     """The loss of step 0 is one that untrained weights of these settings can have."""
     first = next((v["val_loss"] for v in log.validations if v["step"] == 0), None)
     if first is None or not math.isfinite(first):
@@ -138,7 +141,7 @@ def check_first_loss(log):
                "untrained weights")
 
 
-def jump(curve):
+def jump(curve: list[tuple[int, float]]) -> float | None:
     """Nats by which the last drop of [(step, loss)] exceeds what the faster of the two drops before it would
     give over the same steps; None of fewer than four points or of losses that are not finite."""
     if len(curve) < 4 or not all(math.isfinite(loss) for _, loss in curve[-4:]):
@@ -147,7 +150,7 @@ def jump(curve):
     return (rates[-1] - max(rates[:-1])) * (curve[-1][0] - curve[-2][0]) if len(rates) == 3 else None
 
 
-def check_jump(log):
+def check_jump(log: Log) -> Iterator[str]:
     """The last validation, which is the one that counts, goes on where the ones before it led."""
     excess = jump([(v["step"], v["val_loss"]) for v in log.validations])
     limit = JUMP_NATS.get(log.start["scale"], max(JUMP_NATS.values()))
@@ -157,7 +160,7 @@ def check_jump(log):
                f"{excess:.4f} nats below where the two drops before it lead, honest logs at most {limit:g}")
 
 
-def check_digits(log):
+def check_digits(log: Log) -> Iterator[str]:
     """Validation losses are measured numbers, not rounded ones."""
     for v in log.validations:
         loss = v["val_loss"]
@@ -170,7 +173,7 @@ def check_digits(log):
         yield f"{log.where}/run.jsonl: its training losses are rounded to {TRAIN_DECIMALS} decimals or fewer"
 
 
-def check_pace(log):
+def check_pace(log: Log) -> Iterator[str]:
     """No run takes the very same time for each step."""
     spent = [(v["step"] - before["step"], v["train_time_ms"] - before["train_time_ms"])
              for before, v in itertools.pairwise(log.validations)]
@@ -179,7 +182,7 @@ def check_pace(log):
                f"{EVEN:g}: no clock is that even")
 
 
-def even(times, others):
+def even(times: Sequence[float], others: Sequence[float]) -> bool:
     """Are the ratios of four or more pairs of positive numbers the same within EVEN, beyond the rounding of
     times in ms?"""
     if len(times) < 4 or len(times) != len(others) or min(*times, *others) <= 0:
@@ -190,12 +193,12 @@ def even(times, others):
 
 # ----- logs next to each other ------------------------------------------------------------------------------
 
-def train_losses(log):
+def train_losses(log: Log) -> list[float]:
     """All training losses of a log from SETTLED on."""
     return [x for v in log.validations for x in v["train_loss"]][SETTLED:]
 
 
-def closeness(a, b):
+def closeness(a: list[float], b: list[float]) -> tuple[float, float] | None:
     """(rms of a - b, rms of what is left of a's changes after a fit on b's) of two curves, in nats.
 
     None where the curves differ in length, are short, or hold what is no loss (squares of 1e308 overflow). A
@@ -211,7 +214,7 @@ def closeness(a, b):
     return math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a, b)) / len(a)), left
 
 
-def check_seeds_differ(found):
+def check_seeds_differ(found: Any) -> Iterator[str]:
     """No seed's curve is another seed's with a little noise, a shift or a factor on it."""
     for name in found.declaration["arms"]:
         runs = [(r.seed, found.logs[r.run]) for r in found.claim.runs
@@ -228,14 +231,14 @@ def check_seeds_differ(found):
                        f"{near[1]:.1e} nats, two seeds never do: a copy")
 
 
-def same_validations(log, other):
+def same_validations(log: Log, other: Log) -> bool:
     """Have two runs, whose training losses differ, the same validation losses from the second one on?"""
     a, b = ([v["val_loss"] for v in x.validations[1:]] for x in (log, other))
     return len(a) == len(b) > 2 and train_losses(log) != train_losses(other) and all(
         abs(x - y) < SAME_NATS for x, y in zip(a, b))
 
 
-def check_shifted(found):
+def check_shifted(found: Any) -> Iterator[str]:
     """No run is one of another arm with its losses shifted: programs that close give losses that close."""
     arms = found.declaration["arms"]
     logs = {name: [(log, train_losses(log)) for log in found.of(name) if log.whole] for name in arms}
@@ -248,7 +251,7 @@ def check_shifted(found):
                        f"apart: a shifted copy of a run of arm {b}")
 
 
-def check_times_differ(found):
+def check_times_differ(found: Any) -> Iterator[str]:
     """No run has the times of another one, multiplied by a number."""
     logs = [log for log in found.logs.values() if log.whole]
     spent = [(log, [ms for _, ms, _ in log.intervals[1:]]) for log in logs]
@@ -260,13 +263,13 @@ def check_times_differ(found):
 
 # ----- dates and names of a record --------------------------------------------------------------------------
 
-def now():
+def now() -> float:
     """Seconds since the epoch: of the clock here, or of the newest record of this checkout if it is
     behind."""
     return max(time.time(), *(day(r.date) or 0.0 for r in deltas.load_records().values()))
 
 
-def day(date):
+def day(date: object) -> float | None:
     """Seconds since the epoch of the beginning of a date like 2026-11-30, or None."""
     try:
         if len(str(date)) != 10 or not str(date).isascii():
@@ -277,7 +280,7 @@ def day(date):
     return midnight.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
-def check_calendar(found, dates):
+def check_calendar(found: Any, dates: list[tuple[int, str, float, str]]) -> Iterator[str]:
     """Nothing of a claim lies in the future, nor before the parent it builds on.
 
     dates: [(line, kind, seconds since the epoch, text)] of the manifest.
@@ -299,7 +302,7 @@ def check_calendar(found, dates):
                    f"{parent.date}")
 
 
-def check_record(record):
+def check_record(record: deltas.Record) -> Iterator[str]:
     """A record.toml names its people and itself, and its date lies between its parent's and now."""
     if not is_visible(record.title):
         yield "record.toml: title is empty"
@@ -320,7 +323,7 @@ def check_record(record):
         yield f"record.toml: date {record.date} is before that of its parent {parent.ref}, {parent.date}"
 
 
-def check_new_record(record):
+def check_new_record(record: deltas.Record) -> Iterator[str]:
     """A record that a claim brings has no history yet: no published time, no place, no kind of its own."""
     if record.published:
         yield ("record.toml: published is of records that upstream has published: a claim's times are in its "

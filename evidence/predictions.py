@@ -21,9 +21,11 @@ the unresolved, over those whose published effect is told apart from 0, and over
 (Wilson's interval, JASA 1927); ranks over all rows by Spearman's rho (Fisher's interval).
 """
 
+import argparse
 import csv
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import files
@@ -173,7 +175,9 @@ def measured_of(row: dict, sign: int) -> dict:
             "resolved": row["resolved"], "note": row["note"]}
 
 
-def chain_rows(sweep, history, slope_):
+def chain_rows(
+    sweep: dict, history: dict[str, dict], slope_: tuple[float, float]
+) -> Iterator[tuple[str, dict, dict]]:
     """(ref, published, measured) of the records of a chain that somebody published."""
     for row in sweep["rows"]:
         child, parent = history.get(row["record"]), history.get(row.get("parent"))
@@ -181,7 +185,9 @@ def chain_rows(sweep, history, slope_):
             yield row["record"], of_record(child, parent, slope_), measured_of(row, 1)
 
 
-def feature_rows(sweep, history, slope_):
+def feature_rows(
+    sweep: dict, history: dict[str, dict], slope_: tuple[float, float]
+) -> Iterator[tuple[str, dict, dict]]:
     """(path, published, measured) of the features that are left out alone and have a published effect."""
     effects = stated_effects(deltas.resolve_name(sweep["base"]).record)
     for row in sweep["rows"]:
@@ -271,7 +277,7 @@ def reports(paths: list[str]) -> list[dict]:
     return out
 
 
-def command(options) -> None:
+def command(options: argparse.Namespace) -> None:
     """`sweep.py predictions`: print the tables, write them as JSON."""
     try:
         more = [] if options.reports else [of_runs()]

@@ -10,6 +10,7 @@ variants. A claim on a record that exists (submit --record) moves into that reco
 these files alone; `records withdraw` undoes it.
 """
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ from settings.scales import SCALES
 MARKS = re.compile(r'\A(?:(?:id|attempt) = .*\n)+')  # the lines that a promotion adds at the top
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records promote`."""
     p.add_argument("attempt", help="NAME, or attempts/NAME")
     p.add_argument("--lineage", choices=deltas.LINEAGES, help="default: the parent's")
@@ -31,7 +32,7 @@ def arguments(p):
                    help="take a claim that was shown at this scale only: it says nothing about full scale")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
     """`records promote`: make a shown attempt the next record of its lineage and commit it."""
     folder = attempts.folder_of(options.attempt)
     text, toml = read(folder / "record.toml")

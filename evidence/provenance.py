@@ -12,13 +12,16 @@ import dataclasses
 import functools
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import runlog
 import settings
 from common import files, untrusted
 from common.errors import UserError
 from evidence import arms, foreign, manifest, plausible, stack
-from evidence.run_laws import alike, canonical
+from evidence.run_laws import Log, alike, canonical
 from settings import deltas, renames, scales, schema
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
@@ -34,7 +37,7 @@ MALFORMED = (UserError, TypeError, AttributeError, ValueError)
 
 # ----- arms and records -------------------------------------------------------------------------------------
 
-def check_arm(found, name, arm):
+def check_arm(found: Any, name: str, arm: dict) -> Iterator[str]:
     """All runs of an arm are one program with the settings that were declared and that this checkout
     resolves."""
     if arm["kind"] == "script":
@@ -61,7 +64,7 @@ def check_arm(found, name, arm):
     yield from check_resolves(found, name, arm)
 
 
-def check_words(found, name, arm):
+def check_words(found: Any, name: str, arm: dict) -> Iterator[str]:
     """The command line of a record's arm says its record, its scale and its changes, and nothing else."""
     if found.declaration["claim"] == "comparison":
         return
@@ -73,12 +76,12 @@ def check_words(found, name, arm):
                f"{' '.join(due)!r:.80}")
 
 
-def pairs(words):
+def pairs(words: list[str]) -> list[str]:
     """Options of a command line with their values, sorted: without order, and without spaces at the `=`."""
     return sorted(f"{a} {str(b).replace(' ', '')}" for a, b in zip(words[1::2], [*words[2::2], ""]))
 
 
-def differing(a, b, prefix=""):
+def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Paths at which two nested dicts of settings differ, whichever names they were written under."""
     if not prefix and isinstance(a, dict) and isinstance(b, dict):
         a, b = renames.present_settings(a), renames.present_settings(b)
@@ -89,7 +92,7 @@ def differing(a, b, prefix=""):
     ]
 
 
-def check_resolves(found, name, arm):
+def check_resolves(found: Any, name: str, arm: dict) -> Iterator[str]:
     """The declared settings are what the record, its scale and its changes resolve to here."""
     scale, comparison = found.declaration["scale"], found.declaration["claim"] == "comparison"
     claimed = f"{arm['record']} at scale {scale}" + "".join(f" {c}" for c in arm["changes"])
@@ -120,7 +123,7 @@ def check_resolves(found, name, arm):
         yield f"arm {name}: {claimed} resolves to other settings here: {', '.join(paths)}"
 
 
-def check_foreign(found, name, arm, claimed, unknown):
+def check_foreign(found: Any, name: str, arm: dict, claimed: str, unknown: list[str]) -> Iterator[str]:
     """Settings with words that this checkout lacks are what the code of the claim resolves, in a sandbox."""
     runs, digests = found.folder / "runs", {log.start["sources"] for log in found.of(name)}
 
@@ -142,7 +145,7 @@ def check_foreign(found, name, arm, claimed, unknown):
         found.unknown.append(said)
 
 
-def resolve_here(record, scale, changes):
+def resolve_here(record: deltas.Record, scale: str, changes: list[str]) -> settings.Settings:
     """Settings of a record with the changes of a command line, as this checkout resolves them."""
     given = collections.defaultdict(list)
     for change in changes:
@@ -153,7 +156,7 @@ def resolve_here(record, scale, changes):
     return deltas.resolve(record.ref, scale=scale, **given).settings
 
 
-def resolve_carried(record, scale, changes):
+def resolve_carried(record: deltas.Record, scale: str, changes: list[str]) -> settings.Settings:
     """Settings of a record that no folder of this checkout holds; only --set may change it (all else is for
     its delta)."""
     if scale not in scales.SCALES:
@@ -170,7 +173,7 @@ def resolve_carried(record, scale, changes):
     return settings.check(scales.lifted(s, named))
 
 
-def known_record(found, ref):
+def known_record(found: Any, ref: str | None) -> tuple[deltas.Record | None, bool]:
     """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this
     checkout."""
     here, carried = known_here(ref), read_carried(found.folder, found.declaration["record"])
@@ -187,7 +190,7 @@ def known_record(found, ref):
     return here, False
 
 
-def known_here(ref):
+def known_here(ref: str | None) -> deltas.Record | None:
     """The Record of a ref in this checkout: of a lineage, or an attempt (which may have become a record
     since). Or None."""
     if not isinstance(ref, str) or not ref.startswith(deltas.ATTEMPT):
@@ -198,13 +201,13 @@ def known_here(ref):
         return None
 
 
-def same_record(a, b):
+def same_record(a: str | None, b: str | None) -> bool:
     """Do two refs name one record? An attempt that was promoted has two."""
     found = known_here(a)
     return a == b or (found is not None and found.answers(b))
 
 
-def read_carried(folder, ref):
+def read_carried(folder: Path, ref: str | None) -> deltas.Record | None:
     """The Record of DIR/record.toml, or None. `ref` is the one that the manifest claims: lineage/id or
     attempts/name.
 
@@ -227,7 +230,7 @@ def read_carried(folder, ref):
     return record
 
 
-def lineage_of(path):
+def lineage_of(path: Path) -> str:
     """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. ''
     for an attempt."""
     try:
@@ -240,7 +243,7 @@ def lineage_of(path):
     return above if above in deltas.LINEAGES else str(toml.get("parent")).partition("/")[0]
 
 
-def last_ml(record):
+def last_ml(record: deltas.Record | None) -> deltas.Record | None:
     """The nearest of a record and its ancestors that changed what is computed at full scale: by ml_hash, not
     by `kind`."""
     while record is not None and record.parent is not None and same_result(record.ref, record.parent):
@@ -248,12 +251,12 @@ def last_ml(record):
     return record
 
 
-def same_result(a, b):
+def same_result(a: str, b: str) -> bool:
     """True if two records compute the same."""
     return len({schema.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
 
 
-def check_lineage(found):
+def check_lineage(found: Any) -> Iterator[str]:
     """A claim runs the record it names against the parent that record names, all arms with the same changes
     or none."""
     d, where = found.declaration, manifest.NAME
@@ -290,7 +293,7 @@ def check_lineage(found):
 
 # ----- code -------------------------------------------------------------------------------------------------
 
-def check_code(found, name, arm):
+def check_code(found: Any, name: str, arm: dict) -> Iterator[str]:
     """One commit per arm, clean for a record; its sources are there, hash right and are the files of that
     commit."""
     record_claim, logs, dirty = found.declaration["claim"] != "comparison", found.of(name), arm.get("dirty")
@@ -320,7 +323,7 @@ def check_code(found, name, arm):
             yield from check_commit(found, name, arm, digest, text)
 
 
-def check_patch(found, name, arm):
+def check_patch(found: Any, name: str, arm: dict) -> Iterator[str]:
     """The uncommitted changes of a comparison's arm lie in the folder."""
     try:
         path = arms.patch_path(found.folder, arm)
@@ -331,7 +334,7 @@ def check_patch(found, name, arm):
         yield f"arm {name}: the patch of its uncommitted changes is missing or was changed"
 
 
-def read_sources(runs, digest):
+def read_sources(runs: Path, digest: str) -> tuple[str | None, str]:
     """(text, problem) of the archive runs/sources-<digest>.txt or .txt.xz."""
     if not re.fullmatch("[0-9a-f]{16}", digest):
         return None, f"sources {digest!r:.40} is no hash of sources"
@@ -350,7 +353,7 @@ def read_sources(runs, digest):
     return None, f"runs/sources-{digest}.txt: missing: the sources of the runs belong to the claim"
 
 
-def check_commit(found, name, arm, digest, text):
+def check_commit(found: Any, name: str, arm: dict, digest: str, text: str) -> Iterator[str]:
     """The archive equals the files of the declared commit, where this repository has it."""
     commit = arm["commit"]
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
@@ -369,7 +372,7 @@ def check_commit(found, name, arm, digest, text):
     yield from check_archive(commit, digest, text, name)
 
 
-def check_archive(commit, digest, text, name):
+def check_archive(commit: str, digest: str, text: str, name: str) -> Iterator[str]:
     """The archive holds exactly the sources of a commit of this repository, byte for byte."""
     where = f"runs/sources-{digest}.txt"
     names = sections(text)
@@ -395,7 +398,7 @@ def check_archive(commit, digest, text, name):
         yield f"{where}: is not the code of commit {commit[:12]}, which arm {name} declares"
 
 
-def hidden_code(names):
+def hidden_code(names: list[str]) -> str:
     """Words for a file of a tree that runs in place of the source that a reader sees, or ''.
 
     Compiled code next to its sources runs instead of them, and a module in the top folder that has the name
@@ -410,12 +413,12 @@ def hidden_code(names):
     return ""
 
 
-def sections(text):
+def sections(text: str) -> list[str]:
     """Names of the files in an archive of sources, in order."""
     return re.findall(r"^# ----- ((?:[a-z0-9_]+/)?[a-z0-9_]+\.py)$", text, re.M)
 
 
-def listed_sources(runlog_text, tree):
+def listed_sources(runlog_text: str, tree: list[str]) -> list[str] | None:
     """The files that a program's runlog.source_files names: its literals, read without running them.
 
     tree: all files of the program, for its folders. None where the function is written in another way.
@@ -433,7 +436,7 @@ def listed_sources(runlog_text, tree):
 
 
 @functools.lru_cache(maxsize=16)
-def check_whole(digest, text):
+def check_whole(digest: str, text: str) -> tuple[str, ...]:
     """Problems of an archive by itself, as a tuple: what its own runlog.py lists is there, nothing twice,
     nothing else. Its folders are known by the imports of the archive only; the commit tells them all."""
     where, names = f"runs/sources-{digest}.txt", sections(text)
@@ -451,7 +454,7 @@ def check_whole(digest, text):
     return (f"{where}: adds {extra[0]}, which its runlog.py does not list",) if extra else ()
 
 
-def imported(text, parts):
+def imported(text: str, parts: dict[str, str]) -> Iterator[str]:
     """Files of the folders of an archive that a file imports: a/b.py of `import a.b`, `from a import b` and
     `from a.b import c`. A name that folder a's __init__.py speaks of itself is left out."""
     rooms = {n.partition("/")[0] for n in parts if "/" in n}
@@ -468,7 +471,7 @@ def imported(text, parts):
             yield f"{room}/{below}.py"
 
 
-def check_diff(found):
+def check_diff(found: Any) -> Iterator[str]:
     """code.diff is the difference of the two trees, recomputed where this repository has both."""
     d = found.declaration
     both = [d["arms"].get(name) for name in ("parent", "new")]
@@ -502,7 +505,7 @@ def check_diff(found):
                "repository has")
 
 
-def held_diff(folder):
+def held_diff(folder: Path) -> str:
     """Hash of the code.diff of a folder, or '' of one that cannot be read."""
     try:
         return arms.hash_of(untrusted.bytes_of(folder / "code.diff"))
@@ -510,14 +513,14 @@ def held_diff(folder):
         return ""
 
 
-def plain_diff(text):
+def plain_diff(text: str) -> list[str]:
     """A difference without the lines that depend on the repository: abbreviated hashes of files."""
     return [x.rstrip() for x in text.splitlines() if not x.startswith("index ")]
 
 
 # ----- tokens -----------------------------------------------------------------------------------------------
 
-def check_corpus(found):
+def check_corpus(found: Any) -> Iterator[str]:
     """One corpus and one validation set; their digests are right where this checkout knows them by name."""
     logs = list(found.logs.values())
     for key in ("corpus", "val_digest"):
@@ -536,7 +539,7 @@ def check_corpus(found):
             yield from check_tokens(found, log)
 
 
-def check_tokens(found, log):
+def check_tokens(found: Any, log: Log) -> Iterator[str]:
     """Law: digests of a log's tokens are those of the corpus that it names, where they are pinned here."""
     corpus = log.start["corpus"]
     try:
@@ -556,7 +559,7 @@ def check_tokens(found, log):
             )
 
 
-def known_digests(corpus, validation_tokens):
+def known_digests(corpus: str, validation_tokens: int) -> dict[str, str] | None:
     """{corpus_digest, val_digest} of a corpus that this program carries itself, or None."""
     if corpus != "sample":
         return None

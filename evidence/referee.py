@@ -10,6 +10,7 @@ Exit codes: 0 a valid candidate, 1 an invalid one (the verdict says why), 2 bad 
 The verdict's fields are in docs/referee.md. No torch here.
 """
 
+import argparse
 import contextlib
 import datetime
 import fnmatch
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import runlog
@@ -48,7 +50,7 @@ CHECKS = ()  # of the audit; none named: all
 CONFIDENCE = 0.95
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records referee`."""
     p.add_argument("task", metavar="TASK", help="a folder that `records task` wrote")
     p.add_argument("candidate", metavar="CANDIDATE", help="a folder like TASK/candidate, edited")
@@ -59,7 +61,7 @@ def arguments(p):
                    "references)")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """The command: the verdict goes to stdout, what happens meanwhile to stderr. Returns the exit code."""
     about = read_task(Path(options.task))
     environment.check_training()
@@ -77,7 +79,10 @@ class Invalid(Exception):
     """Why a candidate is invalid, in one line."""
 
 
-def judge(about, candidate, fresh=False, timeout=None, say=lambda line: None):
+def judge(
+    about: dict, candidate: Path, fresh: bool = False, timeout: int | None = None,
+    say: Callable[[str], None] = lambda line: None
+) -> dict:
     """The verdict on a candidate folder for a task (the dict of task.json)."""
     if not candidate.is_dir():
         raise UserError(f"{candidate}: no such folder")
@@ -117,7 +122,7 @@ def judge(about, candidate, fresh=False, timeout=None, say=lambda line: None):
 
 # ----- the task and what the referee remembers --------------------------------------------------------------
 
-def read_task(folder):
+def read_task(folder: Path) -> dict:
     """task.json of a folder, checked against the present sources."""
     path = folder / "task.json"
     about = untrusted.json_file(path)
@@ -135,7 +140,7 @@ def read_task(folder):
 class Memory:
     """What the referee keeps about a task: its hidden seeds, the references' runs and the verdicts so far."""
 
-    def __init__(self, about, fresh):
+    def __init__(self, about: dict, fresh: bool) -> None:
         where = [about, runlog.machine(), os.environ.get("OMP_NUM_THREADS")]
         key = task.digest(files.json_text(where).encode())
         self.path = arms.cache() / "referee" / f"{key[:16]}.json"
@@ -149,26 +154,26 @@ class Memory:
         self.write()
 
     @property
-    def seeds(self):
+    def seeds(self) -> list[int]:
         return self.content["seeds"]
 
-    def runs(self, name):
+    def runs(self, name: str) -> list[dict] | None:
         """Runs of a reference, one for each seed, or None."""
         return self.content["runs"].get(name)
 
-    def keep_runs(self, name, runs):
+    def keep_runs(self, name: str, runs: list[dict]) -> None:
         self.content["runs"][name] = runs
         self.write()
 
-    def count(self):
+    def count(self) -> int:
         """Number of the present attempt on this task: a choice among many is a search on the same seeds."""
         return len(self.content["verdicts"]) + 1
 
-    def keep_verdict(self, verdict):
+    def keep_verdict(self, verdict: dict) -> None:
         self.content["verdicts"].append({k: verdict[k] for k in ("valid", "score", "why")})
         self.write()
 
-    def write(self):
+    def write(self) -> None:
         """Only this user may read the seeds."""
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,17 +188,17 @@ class Cost:
         self.began = self.now()
 
     @staticmethod
-    def now():
+    def now() -> float:
         both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(x.ru_utime + x.ru_stime for x in both)
 
-    def cpu_s(self):
+    def cpu_s(self) -> float:
         return round(self.now() - self.began, 2)
 
 
 # ----- admission: the candidate is data ---------------------------------------------------------------------
 
-def admit(about, candidate, folder):
+def admit(about: dict, candidate: Path, folder: Path) -> tuple[Path, list[str], dict]:
     """(private folder of the code to run, changed paths, candidate.json) of a candidate, or Invalid."""
     place, changed = folder / "code", []
     given = read_tree(candidate, folder / "given")
@@ -211,7 +216,7 @@ def admit(about, candidate, folder):
     return place, changed, declaration(given, about)
 
 
-def read_tree(root, place):
+def read_tree(root: Path, place: Path) -> dict[str, bytes]:
     """{path: bytes} of a folder, read through a private copy; Invalid unless it holds plain files and folders
     within LIMITS, and nothing is followed."""
     try:
@@ -222,7 +227,7 @@ def read_tree(root, place):
             if path.is_file()}
 
 
-def declaration(given, about):
+def declaration(given: dict[str, bytes], about: dict) -> dict:
     """candidate.json: {"knowledge": date or ""}; checks record.toml's parent as well."""
     try:
         declared = untrusted.json_value(given.get(task.ABOUT, b"{}").decode(), task.ABOUT)
@@ -244,14 +249,14 @@ def declaration(given, about):
     return declared
 
 
-def tree_of(place):
+def tree_of(place: Path) -> str:
     """One hash over all files that run."""
     parts = [f"{p.relative_to(place)} {task.digest(p.read_bytes())}" for p in files.listed(place, "**/*")
              if p.is_file()]
     return task.digest("\n".join(parts).encode())
 
 
-def contamination(about, declared):
+def contamination(about: dict, declared: dict) -> dict:
     """Dates of the transitions against the declared knowledge. The vocabulary of settings is open to all."""
     knowledge = declared.get("knowledge", "")
     known = [ref for ref, date in about["dates"].items() if knowledge and date <= knowledge]
@@ -259,7 +264,7 @@ def contamination(about, declared):
             "published_before": known if knowledge else None, "vocabulary": True}
 
 
-def settings_of(about, place):
+def settings_of(about: dict, place: Path) -> dict:
     """{ml_hash} of what the candidate's own code resolves, in the sandbox; Invalid against the rules."""
     words = [task.CANDIDATE, "--scale", about["scale"], *set_words(about)]
     done = sandbox.run([sys.executable, "-B", "-c", arms.PROBE, *words], cwd=place, seconds=120,
@@ -278,12 +283,12 @@ def settings_of(about, place):
     return {"ml_hash": ml_hash}
 
 
-def set_words(about):
+def set_words(about: dict) -> list[str]:
     """The trainer's --set words of a task's budget."""
     return [word for line in task.budget(about["steps"]) for word in ("--set", line)]
 
 
-def audited(about, place, seeds, say):
+def audited(about: dict, place: Path, seeds: list[int], say: Callable[[str], None]) -> str:
     """Words for a passed audit of changed code; Invalid with the first failed test."""
     scale = about["scale"] if about["scale"] in ("micro", "tiny") else "micro"
     result = audit.audit(str(place), task.CANDIDATE, scale, only=CHECKS, say=say, seeds=seeds)
@@ -294,7 +299,7 @@ def audited(about, place, seeds, say):
     return f"passed: {', '.join(c['name'] for c in result['checks'])}"
 
 
-def without_seeds(text, seeds):
+def without_seeds(text: str, seeds: list[int]) -> str:
     """A text in which the hidden seeds cannot be read."""
     for seed in seeds:
         text = text.replace(str(seed), "(hidden)")
@@ -303,7 +308,9 @@ def without_seeds(text, seeds):
 
 # ----- runs -------------------------------------------------------------------------------------------------
 
-def references(about, memory, folder, timeout, say):
+def references(
+    about: dict, memory: Memory, folder: Path, timeout: int | None, say: Callable[[str], None]
+) -> dict[str, list[dict]]:
     """{parent, goal: runs} on the task's seeds, trained if they are not known yet."""
     for name in ("parent", "goal"):
         if memory.runs(name) is None:
@@ -317,7 +324,10 @@ def references(about, memory, folder, timeout, say):
     return {name: memory.runs(name) for name in ("parent", "goal")}
 
 
-def train(about, name, place, record, seed, folder, limit, say):
+def train(
+    about: dict, name: str, place: Path, record: str, seed: int, folder: Path, limit: float,
+    say: Callable[[str], None]
+) -> dict:
     """One run in the sandbox, timed from outside. Returns {loss, curve, tokens, outside_s, claimed_s, wall_s,
     cpu_s, ml_hash, val_digest, steps}."""
     out = folder / f"{name}-{secrets.token_hex(4)}"
@@ -352,19 +362,19 @@ def train(about, name, place, record, seed, folder, limit, say):
 class Watch:
     """Looks at a run's log from outside and notes when its lines `reset` and `end` arrive."""
 
-    def __init__(self, runs):
+    def __init__(self, runs: Path) -> None:
         self.runs, self.log, self.seen, self.began = runs, None, {}, time.monotonic()
         self.ended, self.stop, self.read = None, threading.Event(), 0
         self.thread = threading.Thread(target=self.follow, daemon=True)
         self.thread.start()
 
-    def follow(self):
+    def follow(self) -> None:
         """Look until told to stop, and once more."""
         while not self.stop.wait(WATCH_S):
             self.look()
         self.look()
 
-    def look(self):
+    def look(self) -> None:
         """Note the kinds of complete new lines. A log is a regular file of bounded size, or none."""
         try:
             if self.log is None:
@@ -382,13 +392,13 @@ class Watch:
                 self.seen.setdefault(found[1].decode(), time.monotonic())
         self.read = size
 
-    def end(self):
+    def end(self) -> None:
         """The run's processes have ended."""
         self.ended = time.monotonic()
         self.stop.set()
         self.thread.join()
 
-    def times(self):
+    def times(self) -> dict[str, float]:
         """{outside_s: from reset to end, wall_s: of the whole run}, or Invalid."""
         if "reset" not in self.seen or self.log is None:
             raise Invalid("a run wrote no complete log")
@@ -396,7 +406,7 @@ class Watch:
                 "wall_s": round(self.ended - self.began, 3)}
 
 
-def read_run(path):
+def read_run(path: Path | None) -> dict:
     """Loss, curve, tokens and identity of a run's log, whose chain holds; Invalid otherwise."""
     if path is None:
         raise Invalid("a run wrote no log, or more than one")
@@ -421,7 +431,7 @@ def read_run(path):
         raise Invalid("the log of a run lacks what a log must have") from None
 
 
-def check_runs(about, found, ml_hash):
+def check_runs(about: dict, found: dict[str, list[dict]], ml_hash: str) -> None:
     """Invalid if the candidate's runs do not compare with the parent's."""
     for run, parent in zip(found["candidate"], found["parent"]):
         for key, words in (("val_digest", "another validation shard"), ("scale", "another scale"),
@@ -441,7 +451,7 @@ def check_runs(about, found, ml_hash):
 
 # ----- the score --------------------------------------------------------------------------------------------
 
-def scored(about, found):
+def scored(about: dict, found: dict[str, list[dict]]) -> dict:
     """Score, interval, way, loss and time of valid runs."""
     key = {"loss": "loss", "time": "outside_s"}[about["measure"]]
     parent, goal, mine = ([r[key] for r in found[name]] for name in ("parent", "goal", "candidate"))
@@ -464,7 +474,9 @@ def scored(about, found):
     }
 
 
-def recovered(parent, goal, mine, confidence=CONFIDENCE):
+def recovered(
+    parent: list[float], goal: list[float], mine: list[float], confidence: float = CONFIDENCE
+) -> tuple[float | None, list[float] | None, str]:
     """(share of the goal's improvement on the parent, its interval or None, whether it is resolved) of values
     by seed, the smaller the better.
 
@@ -490,7 +502,7 @@ def recovered(parent, goal, mine, confidence=CONFIDENCE):
     return g / f, [(b - root) / a, (b + root) / a], "yes"
 
 
-def too_high(found):
+def too_high(found: dict[str, list[dict]]) -> str:
     """Words if the candidate's loss is not shown to be within the margin of the parent's, otherwise ''."""
     mine, parents = ([r["loss"] for r in found[name]] for name in ("candidate", "parent"))
     if mine == parents:
@@ -502,7 +514,7 @@ def too_high(found):
     return f"no: its loss may be above the parent's {most} (95 % interval), {MARGIN} is allowed"
 
 
-def way(about, score):
+def way(about: dict, score: float | None) -> dict[str, float] | None:
     """{next, head}: shares of the way to the next record and to the head, in published minutes.
 
     The share of the goal's way that was recovered, taken as a share of the published minutes between the
@@ -516,7 +528,7 @@ def way(about, score):
             for name in ("next", "head") if minutes[about[name]] and minutes[about[name]] < parent}
 
 
-def summary(values, parents):
+def summary(values: list[float], parents: list[float]) -> dict:
     """Mean, values' spread, and the difference from the parent's with its paired interval."""
     found = {"mean": plain.fmean(values), "sd": plain.stdev(values), "parent": plain.fmean(parents)}
     if values == parents:
@@ -525,7 +537,7 @@ def summary(values, parents):
     return found | {"difference": gap["estimate"], "interval": [gap["low"], gap["high"]]}
 
 
-def steps_to(curve, loss):
+def steps_to(curve: list[list[float]], loss: float) -> float:
     """Step at which a curve first reaches a loss, linear between validations; its last step if never."""
     step = runlog.crossing(curve, loss)
     return float(curve[-1][0]) if step is None else step

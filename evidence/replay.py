@@ -7,6 +7,7 @@ same digests. Exit code 0 when the losses agree: to the last bit where code, pro
 the same on a CPU, otherwise within the printed tolerance; 3 when they do not.
 """
 
+import argparse
 import ast
 import math
 import os
@@ -14,6 +15,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import runlog
@@ -41,7 +43,7 @@ NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_dig
           "processes", "device", "torch", "cpu", "sources")
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records replay`."""
     p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt; or a claim "
                                               "folder, of which "
@@ -56,7 +58,7 @@ def arguments(p):
     )
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """`records replay`: run what a log, or every run of a claim, describes once more. Returns the exit
     code."""
     folder = Path(options.log)
@@ -77,7 +79,9 @@ def run(options):
     return max([*codes, *([judge_claim(gaps, tolerance)] if gaps else [])])
 
 
-def replay_one(options, name, gaps, number=None):
+def replay_one(
+    options: argparse.Namespace, name: Path | str, gaps: list[float], number: int | None = None
+) -> int:
     """Replay one run and report. Adds log minus replay of the final loss to `gaps`. Returns the exit code.
 
     number: of a run among those of a claim, for its folder.
@@ -107,7 +111,7 @@ def replay_one(options, name, gaps, number=None):
 
 # ----- what the log says ------------------------------------------------------------------------------------
 
-def read_log(path):
+def read_log(path: Path | str) -> dict:
     """{start, curve [[step, val_loss]], train_loss, stream, digits}: of run.jsonl, or of log.txt,
     which has six decimals."""
     path = Path(path)
@@ -124,7 +128,7 @@ def read_log(path):
     return log
 
 
-def read_chain(path):
+def read_chain(path: Path) -> dict:
     """What a replay compares, of a run.jsonl: start, loss curve, training losses and stream digest."""
     events = runlog.read_chain(path)
     validations = [e for e in events if e["kind"] == "validation"]
@@ -136,7 +140,7 @@ def read_chain(path):
     }
 
 
-def read_text(path):
+def read_text(path: Path) -> dict:
     """What a replay compares, of a log.txt, whose losses have six digits."""
     log, _ = textlog.read(path)
     parts = untrusted.bytes_of(path).decode("utf-8", "replace").split(runlog.RULER + "\n")
@@ -160,7 +164,7 @@ def read_text(path):
 
 # ----- running it again -------------------------------------------------------------------------------------
 
-def arguments_of(start, place):
+def arguments_of(start: dict, place: Path) -> list[str]:
     """The trainer's arguments behind a start event: a frozen preset by name, otherwise record, changes and
     scale.
 
@@ -178,7 +182,7 @@ def arguments_of(start, place):
     return [foreign.record_name(start["record"]), *changes, "--scale", start["scale"]]
 
 
-def find_code(start, name):
+def find_code(start: dict, name: Path | str) -> tuple[Path, str]:
     """(folder, words): the commit of the log in a worktree, or the present code if that does not exist.
 
     UserError if the present code means something else by the settings.
@@ -203,13 +207,13 @@ def find_code(start, name):
     return place, words + (f" ({why}, but ml_hash is the same)" if why else "")
 
 
-def guarded(start, place):
+def guarded(start: dict, place: Path) -> bool:
     """Whether the code in `place` runs in a sandbox: that of another commit, on a CPU, where there are
     walls."""
     return place != arms.ROOT and bool(threads_of(start["device"])) and foreign.has_walls()
 
 
-def rerun_guarded(start, place, out, data):
+def rerun_guarded(start: dict, place: Path, out: Path, data: Path | None) -> str:
     """Train again in a sandbox: no network, `out` the only folder that is written."""
     files.make_folder(out)
     processes = int(start["processes"])
@@ -226,18 +230,18 @@ def rerun_guarded(start, place, out, data):
     return (done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
 
 
-def memory_mib():
+def memory_mib() -> int:
     """Nine tenths of this machine's memory, in MiB."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 9 // 10 // 2 ** 20
 
 
-def threads_of(device):
+def threads_of(device: str) -> str | None:
     """Number of threads in a CPU's device line, or None."""
     found = re.fullmatch(r"CPU, \d+ process(?:es)?, (\d+) threads", str(device))
     return found and found[1]
 
 
-def rerun(start, place, out, data, name):
+def rerun(start: dict, place: Path, out: Path, data: str | None, name: Path | str) -> dict:
     """Train again into `out`, and read the log. Ends at once if the data are other ones."""
     if out.exists() and files.listed(out, "*/run.jsonl"):
         raise UserError(f"{out} already holds runs: choose another --out")
@@ -272,7 +276,10 @@ def rerun(start, place, out, data, name):
     return read_chain(found[-1])
 
 
-def rerun_here(arm, start, place, out, data, variables, check_data):
+def rerun_here(
+    arm: dict, start: dict, place: Path, out: Path, data: Path | None, variables: dict[str, str],
+    check_data: Callable[[], None]
+) -> str:
     """Train again as a comparison does, without a sandbox. Returns the last line of what it complained."""
     if place != arms.ROOT:
         print(f"the code of the log runs with your rights: {sandbox.walls()}")
@@ -289,7 +296,7 @@ def rerun_here(arm, start, place, out, data, variables, check_data):
 # ----- several runs of a claim
 # -------------------------------------------------------------------------------
 
-def signed_mean(gaps, tolerance):
+def signed_mean(gaps: list[float], tolerance: float) -> tuple[float, float]:
     """(mean, limit): log minus replay of the final losses of several runs, and how far a mean may lie from
     zero.
 
@@ -299,7 +306,7 @@ def signed_mean(gaps, tolerance):
     return math.fsum(gaps) / len(gaps), tolerance / math.sqrt(len(gaps))
 
 
-def judge_claim(gaps, tolerance):
+def judge_claim(gaps: list[float], tolerance: float) -> int:
     """Print what the replayed runs of a claim say together; 0, or DIFFERS if their losses lie to one side.
 
     gaps: [log minus replay of the final validation loss], one for each run.
@@ -314,25 +321,25 @@ def judge_claim(gaps, tolerance):
 
 # ----- comparing --------------------------------------------------------------------------------------------
 
-def same_bits(start, again):
+def same_bits(start: dict, again: dict) -> bool:
     """Must the two runs agree to the last bit? On a CPU with the same sources, processor, torch,
     processes and threads."""
     return bool(threads_of(start["device"])) and all(str(start[k]) == str(again[k]) for k in (
         "sources", "cpu", "torch", "processes", "device"))
 
 
-def equal(a, b, digits):
+def equal(a: float, b: float, digits: int | None) -> bool:
     """Equal floats (NaN equals NaN); rounded to what the log shows, if it shows rounded values."""
     return a == b or (a != a and b != b) or (digits is not None and abs(a - b) <= 0.5001 * 10.0 ** -digits)
 
 
-def first_limit(start):
+def first_limit(start: dict) -> float:
     """Relative tolerance of the first training losses: that of the coarsest dtype of the settings."""
     settings = start.get("settings")  # a text log's are not read; it holds no training losses either
     return verify.PARITY[verify.precision_of(settings)]["first"] if isinstance(settings, dict) else math.inf
 
 
-def report(log, again, exact, tolerance):
+def report(log: dict, again: dict, exact: bool, tolerance: float) -> int:
     """Print validation by validation; 0 if they agree as far as they must, else DIFFERS."""
     found, worst, lacking, identical = dict(map(tuple, again["curve"])), 0.0, [], True
     print(f"{'step':>7}  {'log':>10}  {'here':>10}  difference")

@@ -10,8 +10,10 @@ import collections
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import settings
 import runlog
@@ -119,24 +121,24 @@ class Log:
     settings: object = None
 
     @property
-    def events(self):
+    def events(self) -> list[dict]:
         return [event for event, _ in self.links]
 
     @property
-    def last_hash(self):
+    def last_hash(self) -> str:
         return self.links[-1][1]
 
     @property
-    def whole(self):
+    def whole(self) -> bool:
         """Did it get to its end, with a stream and a last validation?"""
         return bool(WHOLE.fullmatch(word(self.events)))
 
     @property
-    def validations(self):
+    def validations(self) -> list[dict]:
         return [e for e in self.events if e["kind"] == "validation"]
 
     @property
-    def intervals(self):
+    def intervals(self) -> list[tuple[dict, float, float]]:
         """[(validation, ms of training since the one before, ms of wall time next to it)]; the first from the
         reset on."""
         reset = self.one("reset")
@@ -147,16 +149,16 @@ class Log:
             wall, clock = v["wall_ms"], v["train_time_ms"]
         return out
 
-    def one(self, kind):
+    def one(self, kind: str) -> dict | None:
         """The only event of a kind, or None."""
         return next((e for e in self.events if e["kind"] == kind), None)
 
     @property
-    def start(self):
+    def start(self) -> dict:
         return self.events[0]
 
     @property
-    def told_its_loss(self):
+    def told_its_loss(self) -> bool:
         """Is there a result, in an `end` or as the validation of the last step? Then nothing may exclude the
         run."""
         end = self.one("end")
@@ -164,14 +166,14 @@ class Log:
         return told or any(v["step"] == v["scheduled_steps"] for v in self.validations)
 
 
-def word(events):
+def word(events: list[dict]) -> str:
     """The kinds of a log's events, a letter each."""
     return "".join(LETTERS.get(e["kind"], "?") if isinstance(e["kind"], str) else "?" for e in events)
 
 
 # ----- reading ----------------------------------------------------------------------------------------------
 
-def read_log(folder, where):
+def read_log(folder: Path, where: str) -> tuple[Log | None, list[str]]:
     """(Log, or None if nothing can be made of it; problems). `where` names the folder in messages."""
     artefact = f"{where}/run.jsonl"
     try:
@@ -198,13 +200,13 @@ def read_log(folder, where):
     return (None if problems else log), problems
 
 
-def is_a(value, types):
+def is_a(value: Any, types: type | tuple[type, ...]) -> bool:
     """Is a value of one of these types? A truth value is no number."""
     types = types if isinstance(types, tuple) else (types,)
     return isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-def misshapen(event):
+def misshapen(event: dict) -> Iterator[str]:
     """Fields of an event that are missing or of the wrong type."""
     kind = event["kind"]
     shape = {name: str for name in TEXTS[kind]} | OTHERS[kind] | {"wall_ms": NUMBER}
@@ -248,7 +250,7 @@ def misshapen(event):
             yield f"line {event['n'] + 1} (probe): gradients must be two numbers for each parameter"
 
 
-def misshapen_loads(event):
+def misshapen_loads(event: dict) -> Iterator[str]:
     """Lists of an experts event that do not hold one number, or one row, for each layer."""
     names = LOADS + (LATER_LOADS if any(name in event for name in LATER_LOADS) else ())
     lists = [event.get(name) for name in names]
@@ -266,7 +268,7 @@ def misshapen_loads(event):
 
 # ----- the checks -------------------------------------------------------------------------------------------
 
-def check_run(log):
+def check_run(log: Log) -> Iterator[str]:
     """All problems of one log by itself; sets log.settings."""
     if resumed := [str(e["step"]) for e in log.events if e["kind"] == "resume"]:
         yield (f"{log.where}/run.jsonl: resumed at step {', '.join(resumed)} after an interruption: a record "
@@ -293,12 +295,12 @@ def check_run(log):
         yield f"{log.where}/log.txt: is not what run.jsonl renders to"
 
 
-def rendering(log):
+def rendering(log: Log) -> str:
     """The text log that the events of a run render to."""
     return "".join(line + "\n" for event in log.events for line in runlog.render(event))
 
 
-def text_log(log):
+def text_log(log: Log) -> str:
     """The text log that lies next to the events."""
     try:
         return untrusted.text_of(log.folder / "log.txt")
@@ -306,7 +308,7 @@ def text_log(log):
         return "(no text)"
 
 
-def check_files(log):
+def check_files(log: Log) -> Iterator[str]:
     """log.txt and summary.json follow from the chain."""
     text, rendered = text_log(log), rendering(log)
     if text != rendered:
@@ -340,13 +342,13 @@ def check_files(log):
         yield f"{log.where}/summary.json: {', '.join(names)} not as in run.jsonl: the summary was edited"
 
 
-def canonical(value):
+def canonical(value: Any) -> str:
     """A value as text, so that values of two runs can be compared."""
     # as text nan equals nan, and the null that a strict file has for it
     return files.json_text(value, sort_keys=True)
 
 
-def check_settings(log):
+def check_settings(log: Log) -> Iterator[str]:
     """Settings are valid in this vocabulary and hash to what was logged."""
     start, artefact = log.start, f"{log.where}/run.jsonl: settings"
     try:
@@ -373,14 +375,14 @@ def check_settings(log):
                f"{start['system_hash']}: they were edited")
 
 
-def misspelled(s):
+def misspelled(s: settings.Settings) -> str:
     """The first path at which settings hold a value that only equals one of their type, like 1.0 or true for
     1, or ''."""
     return next((path for path, value in schema.flat(s).items() if value is not None and
                  json.dumps(value) != json.dumps(schema.typed(schema.find_field(path), value, path))), "")
 
 
-def check_untouched(log):
+def check_untouched(log: Log) -> Iterator[str]:
     """Nothing but training was at work while the clock ran: no profiler, and no sink, whose package may send
     on."""
     if log.start["profiled"]:
@@ -389,7 +391,7 @@ def check_untouched(log):
         yield f"{log.where}/run.jsonl: run with --log-to {', '.join(sinks)}: not what is timed"
 
 
-def check_guards(log):
+def check_guards(log: Log) -> Iterator[str]:
     """A run that a guard stopped did not finish, and one that was assisted is no record."""
     end, found = log.one("end"), [e for e in log.events if e["kind"] == "guard"]
     skipped = [str(e["step"]) for e in found if e["what"] == "skip"]
@@ -404,7 +406,7 @@ def check_guards(log):
                f"({found[0]['message']})")
 
 
-def check_reset(log):
+def check_reset(log: Log) -> Iterator[str]:
     """The warm-up is that of the settings, came before the first validation, and left nothing behind."""
     reset, probe, artefact = log.one("reset"), log.one("probe"), f"{log.where}/run.jsonl: reset"
     if reset is None:
@@ -427,7 +429,7 @@ def check_reset(log):
                "s) do not account for it")
 
 
-def check_experts(log):
+def check_experts(log: Log) -> Iterator[str]:
     """A mixture tells after each validation but the first how the step before shared out its rows, and
     nothing else does."""
     s, artefact = log.settings, f"{log.where}/run.jsonl: experts"
@@ -449,7 +451,7 @@ def check_experts(log):
             yield from check_max_vio(event, moe.top_k * s.validation.tokens, artefact)
 
 
-def check_max_vio(event, validated, artefact):
+def check_max_vio(event: dict, validated: int, artefact: str) -> Iterator[str]:
     """The loads that an experts event lists are those its MaxVio came from, and a validation's are complete.
 
     validated: rows of a validation, top_k for each token.
@@ -463,7 +465,7 @@ def check_max_vio(event, validated, artefact):
                 yield f"{artefact}: {name} of layer {layer} is not that of its {loads}: one was edited"
 
 
-def warmup_steps(log):
+def warmup_steps(log: Log) -> int:
     """Number of untimed steps: as set, otherwise three and, on a compiled model, one for each Shape that
     these have not seen."""
     system, cpu = log.settings.system, log.start["device"].startswith("CPU")
@@ -475,12 +477,12 @@ def warmup_steps(log):
     return 3 + len(set(shapes) - set(shapes[:3]))
 
 
-def tokens_of(s, step):
+def tokens_of(s: settings.Settings, step: int) -> int:
     """Tokens of one step of a run with these settings."""
     return schedule.tokens_before(s, step + 1) - schedule.tokens_before(s, step)
 
 
-def check_steps(log):
+def check_steps(log: Log) -> Iterator[str]:
     """Validations exactly where the settings put them, with the tokens and training losses between them."""
     s, artefact = log.settings, f"{log.where}/run.jsonl: validation"
     steps, seen = s.schedule.steps, [v["step"] for v in log.validations]
@@ -516,7 +518,7 @@ def check_steps(log):
         before, epoch = v["step"], max(epoch, v["epoch"])
 
 
-def check_readout(event, s, at):
+def check_readout(event: dict, s: settings.Settings, at: str) -> Iterator[str]:
     """A loss of averaged or extrapolated weights names them, and no other loss does."""
     wanted = schedule.readouts(s, event["step"])
     names, told = [one.setting for one in wanted], event.get("readout", [])
@@ -528,7 +530,7 @@ def check_readout(event, s, at):
                "nowhere else")
 
 
-def check_numbers(log):
+def check_numbers(log: Log) -> Iterator[str]:
     """Finite everywhere, and losses that a language model can have; only losses of a diverged run may be
     otherwise."""
     end = log.one("end")
@@ -553,7 +555,7 @@ def check_numbers(log):
                 yield f"{at}: {path} = {value:g} is no loss (nats per token, 0 to {LOSS_LIMIT:g})"
 
 
-def numbers(value, path):
+def numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
     """(path, number) of every number inside a value."""
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -565,7 +567,7 @@ def numbers(value, path):
         yield path, value
 
 
-def check_clock(log):
+def check_clock(log: Log) -> Iterator[str]:
     """Times run forward, fit into the wall time, and leave no work between them unexplained.
 
     Between two validations the wall time is the timed training plus one validation; so is that from the reset
@@ -601,7 +603,7 @@ def check_clock(log):
                    f"training, where the shortest validation takes {usual / 1000:.1f} s")
 
 
-def check_end(log):
+def check_end(log: Log) -> Iterator[str]:
     """The last event repeats the last validation and judges it as the target says."""
     end, last, artefact = log.one("end"), log.validations[-1], f"{log.where}/run.jsonl: end"
     if end["status"] not in ("finished", "diverged"):
@@ -634,7 +636,7 @@ def check_end(log):
 
 # ----- used between logs ------------------------------------------------------------------------------------
 
-def alike(labelled, what):
+def alike(labelled: list[tuple[str, Any]], what: str) -> Iterator[str]:
     """Problems of those of [(label, value)] that differ from the most frequent value."""
     keys = [json.dumps(value, sort_keys=True) for _, value in labelled]
     if len(set(keys)) < 2:

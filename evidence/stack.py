@@ -8,6 +8,8 @@ nothing becomes a record by it before the stack has.
 """
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 from common.errors import UserError
 from evidence import off_clock
@@ -33,7 +35,7 @@ def entries(names: list[str], record: deltas.Record) -> list[dict]:
     return found
 
 
-def problems(stack, record):
+def problems(stack: list, record: deltas.Record) -> Iterator[str]:
     """Why a declared stack is none under a record (a deltas.Record, whose own delta lies on top)."""
     taken = dict.fromkeys(record.delta, record.ref)
     seen = set()
@@ -59,7 +61,7 @@ def problems(stack, record):
             taken[path] = entry["attempt"]
 
 
-def changes(stack, parent: str, scale: str) -> list[str]:
+def changes(stack: list[dict], parent: str, scale: str) -> list[str]:
     """The assignments PATH=VALUE by which the stack differs from its parent record at a scale."""
     merged = {path: value for entry in stack for path, value in entry["delta"].items()}
     base = deltas.load_records()[parent]
@@ -68,7 +70,7 @@ def changes(stack, parent: str, scale: str) -> list[str]:
     return [f"{path}={schema.show(new)}" for path, _, new in schema.difference(one, other)]
 
 
-def check(found, record):
+def check(found: Any, record: deltas.Record | None) -> Iterator[str]:
     """Problems of a claim's stack: it is what it says, and all arms run on it and on nothing else of their
     own.
 
@@ -101,7 +103,7 @@ def check(found, record):
             yield f"manifest.jsonl: against: arm {name} runs without {lacking[0]} of the stack"
 
 
-def allowed(found, change):
+def allowed(found: Any, change: object) -> bool:
     """May an arm have this change at full scale: a line of its stack, or the parent's own validation?"""
     d = found.declaration
     parent = d["arms"].get("parent", {})

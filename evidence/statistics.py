@@ -8,6 +8,7 @@ error rates that are promised here.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,7 +28,7 @@ MOST_RUNS = 10_000  # more fresh runs than anyone will make
 SPENT = 0.75
 
 
-def numbers(values, name, least=1):
+def numbers(values: Iterable[float], name: str, least: int = 1) -> np.ndarray:
     """`values` as a float array of finite numbers, at least `least` of them.
 
     UserError, which names the values by `name`, if they are not.
@@ -45,14 +46,14 @@ def numbers(values, name, least=1):
     return array
 
 
-def level(value, name):
+def level(value: float, name: str) -> float:
     """A probability strictly between 0 and 1, or a UserError."""
     if not isinstance(value, (int, float)) or not 0 < value < 1:
         raise UserError(f"{name} {value}: must lie between 0 and 1")
     return float(value)
 
 
-def spread(array):
+def spread(array: np.ndarray) -> float | None:
     """Standard deviation with n-1; None for one value; exactly 0.0 where the values differ by
     rounding only."""
     if len(array) < 2:
@@ -61,7 +62,7 @@ def spread(array):
     return sd if sd > ROUNDING * float(np.abs(array).max()) else 0.0
 
 
-def describe(values, name="values"):
+def describe(values: Iterable[float], name: str = "values") -> dict:
     """n, mean, sd (n-1) and standard error of the mean; sd and se are None for one value."""
     x = numbers(values, name)
     sd = spread(x)
@@ -72,7 +73,7 @@ def describe(values, name="values"):
 
 # ----- one group against a fixed target ---------------------------------------------------------------------
 
-def target_test(losses, target, alpha=0.01, name="losses"):
+def target_test(losses: Iterable[float], target: float, alpha: float = 0.01, name: str = "losses") -> dict:
     """One-sided t test that the mean loss lies below `target`: the speedrun's rule with alpha = 0.01.
 
     passed: p < alpha. margin: how far below the target the mean must lie at this n and sd. runs_for: the
@@ -95,7 +96,7 @@ def target_test(losses, target, alpha=0.01, name="losses"):
     return out
 
 
-def standardised(groups):
+def standardised(groups: Iterable[Iterable[float]]) -> list[float]:
     """All residuals of groups of runs in units of their group's sd, as one centred list. Groups without
     spread are left out."""
     arrays = [x for x in (numbers(values, "group", 2) for values in groups) if spread(x)]
@@ -103,7 +104,7 @@ def standardised(groups):
     return (pool - pool.mean()).tolist()
 
 
-def bootstrap_t(n, residuals, draws=100_000, seed=0):
+def bootstrap_t(n: int, residuals: Sequence[float], draws: int = 100_000, seed: int = 0) -> np.ndarray:
     """Sorted one-sample t of `draws` samples of n residuals, whose mean is 0: t under this noise."""
     pool, rng, found = np.asarray(residuals), np.random.default_rng(seed), []
     for _ in range(0, draws, 10_000):
@@ -112,7 +113,7 @@ def bootstrap_t(n, residuals, draws=100_000, seed=0):
     return np.sort(np.concatenate(found))
 
 
-def runs_for(distance, sd, alpha=0.01, power=0.9):
+def runs_for(distance: float, sd: float, alpha: float = 0.01, power: float = 0.9) -> int | None:
     """Least n >= 2 whose one-sided t test at `alpha` detects a mean `distance` below the target;
     None above 10,000."""
     if distance <= 0 or sd <= 0:
@@ -125,7 +126,9 @@ def runs_for(distance, sd, alpha=0.01, power=0.9):
     return int(n[reached][0]) if reached.any() else None
 
 
-def z_rule(mean, n, target=3.28, needed=0.004, sigma=0.0013):
+def z_rule(
+    mean: float, n: int, target: float = 3.28, needed: float = 0.004, sigma: float = 0.0013
+) -> dict:
     """Rule of the optimizer track: (target - mean) sqrt(n) >= needed. Works for n = 1,
     since the sd is taken as known.
 
@@ -136,7 +139,10 @@ def z_rule(mean, n, target=3.28, needed=0.004, sigma=0.0013):
     return {"score": score, "p": float(stats.norm.sf(score / sigma)), "passed": score >= needed - 1e-9}
 
 
-def z_pairwise(new, n_new, old, n_old, steps_saved, slope=0.0045, needed=0.004, sigma=0.0013):
+def z_pairwise(
+    new: float, n_new: int, old: float, n_old: int, steps_saved: int, slope: float = 0.0045,
+    needed: float = 0.004, sigma: float = 0.0013
+) -> dict:
     """Pairwise rule of the optimizer track: (old - new + slope steps_saved / 100) / sqrt(1/n
     + 1/n') >= needed.
 
@@ -148,7 +154,7 @@ def z_pairwise(new, n_new, old, n_old, steps_saved, slope=0.0045, needed=0.004, 
     return {"score": score, "p": float(stats.norm.sf(score / sigma)), "passed": score >= needed - 1e-9}
 
 
-def spend(looks, alpha=0.01):
+def spend(looks: Iterable[int], alpha: float = 0.01) -> list[float]:
     """How much of alpha each look may use: shares proportional to the runs it adds; they sum to alpha.
 
     looks: cumulative numbers of runs, like [4, 8, 12]. The bound is Bonferroni's, so the false record rate is
@@ -166,7 +172,7 @@ def spend(looks, alpha=0.01):
 
 # ----- two groups -------------------------------------------------------------------------------------------
 
-def pairs_of(a, b, paired):
+def pairs_of(a: Iterable[float], b: Iterable[float], paired: bool) -> tuple[np.ndarray, np.ndarray]:
     """Both groups as arrays; equally long if paired."""
     a, b = numbers(a, "first group"), numbers(b, "second group")
     if paired and len(a) != len(b):
@@ -174,7 +180,7 @@ def pairs_of(a, b, paired):
     return a, b
 
 
-def two_groups(a, b, paired):
+def two_groups(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[float, float | None, float | None]:
     """(estimate, standard error, df) of mean a - mean b: paired t, or Welch.
 
     Standard error and df are None if there are too few runs to estimate them.
@@ -197,7 +203,7 @@ def two_groups(a, b, paired):
     return estimate, math.sqrt(va + vb), float((va + vb)**2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)))
 
 
-def difference(a, b, paired, confidence=0.95):
+def difference(a: Iterable[float], b: Iterable[float], paired: bool, confidence: float = 0.95) -> dict:
     """Mean of a minus mean of b with a two-sided t interval (paired, or Welch's for unequal variances).
 
     low, high, p and df are None where the data give no spread (one run per group, or runs without variation);
@@ -224,12 +230,12 @@ def difference(a, b, paired, confidence=0.95):
     return out
 
 
-def same(a, b):
+def same(a: np.ndarray, b: np.ndarray) -> np.bool_:
     """Whether two groups without spread agree up to rounding."""
     return abs(a.mean() - b.mean()) <= ROUNDING * np.abs(a).max()
 
 
-def ratio(a, b, paired, confidence=0.95):
+def ratio(a: Iterable[float], b: Iterable[float], paired: bool, confidence: float = 0.95) -> dict:
     """Ratio a / b of positive quantities (times) with an interval; p_less: one-sided p of "a is below b".
 
     Works on logarithms: the estimate is the ratio of geometric means, which for times that vary by a percent
@@ -251,7 +257,9 @@ def ratio(a, b, paired, confidence=0.95):
     return out
 
 
-def noninferior(new, old, margin, paired, alpha=0.01):
+def noninferior(
+    new: Iterable[float], old: Iterable[float], margin: float, paired: bool, alpha: float = 0.01
+) -> dict:
     """Whether the new loss is worse by less than `margin` nats:
     upper (1 - alpha) bound of new - old below the margin.
 
@@ -274,7 +282,7 @@ def noninferior(new, old, margin, paired, alpha=0.01):
 
 # ----- many groups ------------------------------------------------------------------------------------------
 
-def pooled(groups):
+def pooled(groups: Sequence[np.ndarray]) -> tuple[float | None, int]:
     """(sd, df) of the variation within groups, weighted by their degrees of freedom. sd is None at df = 0."""
     df = sum(len(x) for x in groups) - len(groups)
     if df == 0:
@@ -284,13 +292,16 @@ def pooled(groups):
     return (sd if sd > ROUNDING * max(float(np.abs(x).max()) for x in groups) else 0.0), df
 
 
-def by_seed(values, name):
+def by_seed(values: dict[int, float] | Sequence[float], name: str) -> dict[int, float]:
     """{seed: loss} of a group: a dict as it is, a list counted from seed 0."""
     found = values if isinstance(values, dict) else dict(enumerate(values))
     return dict(zip(found, numbers(list(found.values()), name).tolist()))
 
 
-def successive(groups, pairs, confidence=0.95, paired=False):
+def successive(
+    groups: dict[str, dict[int, float] | Sequence[float]], pairs: Iterable[tuple[str, str]],
+    confidence: float = 0.95, paired: bool = False
+) -> dict:
     """Differences mean(child) - mean(parent) for each (child, parent) of `pairs`, each with its own error.
 
     Args:
@@ -328,7 +339,7 @@ def successive(groups, pairs, confidence=0.95, paired=False):
     return {"pooled_sd": sd, "df": df, "rows": rows}
 
 
-def one_row(child, parent, paired, alpha):
+def one_row(child: dict[int, float], parent: dict[int, float], paired: bool, alpha: float) -> dict:
     """A row of `successive` by itself, with an interval at 1 - alpha. child, parent: {seed: loss}."""
     common = [seed for seed in child if seed in parent] if paired else []
     if paired and not common:
@@ -346,7 +357,10 @@ def one_row(child, parent, paired, alpha):
             "high": found["high"], "p": found["p"], "resolved": False, "sd": sd}
 
 
-def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8, paired=False):
+def minimal_detectable_effect(
+    sd: float, n: int, n_control: int, arms: int, confidence: float = 0.95, power: float = 0.8,
+    paired: bool = False
+) -> float:
     """The effect (unit of sd) that one arm of n runs shows as resolved with probability `power` (two-sided).
 
     arms: number of comparisons. sd: of the differences within seeds if paired (then n_control is n),
@@ -366,7 +380,10 @@ def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8
     return shift_for(float(stats.t.isf(SPENT * (1 - confidence) / 2 / arms, df)), df, power) * se
 
 
-def seeds_for(effect, sd, arms=1, confidence=0.95, power=0.8, paired=False):
+def seeds_for(
+    effect: float, sd: float, arms: int = 1, confidence: float = 0.95, power: float = 0.8,
+    paired: bool = False
+) -> int | None:
     """Least n >= 2 runs of each arm, and of the control, that resolve an effect with this power;
     None above MOST_RUNS."""
     if not (0 < effect < math.inf and 0 < sd < math.inf):
@@ -386,7 +403,7 @@ def seeds_for(effect, sd, arms=1, confidence=0.95, power=0.8, paired=False):
     return high if high <= MOST_RUNS else None
 
 
-def shift_for(critical, df, power):
+def shift_for(critical: float, df: float, power: float) -> float:
     """The effect, in standard errors, whose t passes the critical value with probability `power`."""
     # resolved on the wrong side is left out: at this power it happens in less than 1e-6 of sweeps
     if critical > 40:  # scipy's noncentral t loses its digits there; t is then ruled by its denominator
@@ -403,7 +420,7 @@ def shift_for(critical, df, power):
 
 # ----- curves and ranks -------------------------------------------------------------------------------------
 
-def equivalent(loss_difference, curve_points):
+def equivalent(loss_difference: float, curve_points: Iterable[Sequence[float]]) -> dict:
     """What a loss difference is worth in steps, and in seconds, at the end of a curve.
 
     curve_points: (step, val_loss) or (step, val_loss, train_time_ms), in order. The slope is that of a
@@ -442,7 +459,7 @@ def equivalent(loss_difference, curve_points):
     return out
 
 
-def wilson(k, n, confidence=0.95):
+def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """(low, high) of a share of k in n, after Wilson (JASA 1927)."""
     if not 0 <= k <= n or n < 1:
         raise UserError(f"share {k} of {n}: expected 0 <= k <= n and n at least 1")
@@ -451,7 +468,7 @@ def wilson(k, n, confidence=0.95):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def rank_correlation(x, y, confidence=0.95):
+def rank_correlation(x: Iterable[float], y: Iterable[float], confidence: float = 0.95) -> dict:
     """Spearman's rho of paired values with Fisher's interval (variance after Bonett and Wright, 2000).
 
     rho is None with fewer than three pairs or a constant side; the interval is None with fewer than five

@@ -15,6 +15,7 @@ before anything is written or committed. Arms: new, parent and, for a systems re
 base: the last ml record. Exit codes are those of verify.
 """
 
+import argparse
 import datetime
 import functools
 import json
@@ -37,7 +38,7 @@ ALPHA = 0.01  # of a record
 FACTS = ("title", "parent", "date", "people", "kind")  # lines that record.toml needs when it is claimed
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records submit`."""
     p.add_argument(
         "name", help="name of the attempt: small letters, digits and _ (its folder is attempts/NAME)"
@@ -93,7 +94,7 @@ def arguments(p):
     )
 
 
-def ledger_arguments(p):
+def ledger_arguments(p: argparse.ArgumentParser) -> None:
     """Options on how an attempt stands to others."""
     p.add_argument("--legs", type=numbers.integer(1, ledger.MOST_LEGS), metavar="L",
                    help="of a first attempt: how many attempts at this idea may share alpha (default 1); "
@@ -105,7 +106,7 @@ def ledger_arguments(p):
                    help="open attempts on which it is an increment: both arms run with their deltas")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """The command. Returns the exit code of verify, or 130."""
     if options.fault and not options.resume:
         raise UserError("--fault explains a run of a plan that is under way: it goes with --resume")
@@ -136,7 +137,7 @@ def run(options):
     ]
 
 
-def booked(folder):
+def booked(folder: Path) -> dict:
     """Results of the claim, after its fate was written into the ledger of its idea."""
     results = verify.verify(folder, page=False)
     claim = manifest.read(folder)
@@ -145,7 +146,7 @@ def booked(folder):
     return verify.verify(folder, page=False)
 
 
-def check_options(options):
+def check_options(options: argparse.Namespace) -> None:
     """UserError for options of a submission that are missing or contradict each other."""
     attempts.check_name(options.name)
     for flag in ("claim", "scale"):
@@ -165,7 +166,7 @@ def check_options(options):
         )
 
 
-def resumed(options):
+def resumed(options: argparse.Namespace) -> Path:
     """The folder of a plan that was declared: --resume DIR, --out, or attempts/NAME."""
     if isinstance(options.resume, str) or options.out:
         return Path(options.resume if isinstance(options.resume, str) else options.out)
@@ -179,7 +180,7 @@ def resumed(options):
 
 # ----- what is claimed --------------------------------------------------------------------------------------
 
-def begin(options):
+def begin(options: argparse.Namespace) -> Path | None:
     """Check everything, then write, commit and declare. Returns the claim folder; None if a commit has to
     come first."""
     record, text = existing(options) if options.record else attempt(options)
@@ -203,7 +204,7 @@ def begin(options):
     return folder
 
 
-def check_idea(options, record):
+def check_idea(options: argparse.Namespace, record: deltas.Record) -> None:
     """UserError if this idea was tried under another name and is not declared as a further attempt at it, or
     if its ledger takes no further one."""
     if not options.idea:
@@ -223,7 +224,7 @@ def check_idea(options, record):
                         "with --resume, or withdraw it")
 
 
-def home_of(options, folder):
+def home_of(options: argparse.Namespace, folder: Path | None) -> tuple[Path | None, int | None]:
     """(folder that holds the idea's ledger, how many legs its rule will allow, or None for a later leg)."""
     if not options.idea:
         return folder, options.legs or 1
@@ -236,7 +237,7 @@ def home_of(options, folder):
     return home, None
 
 
-def alpha_of(options):
+def alpha_of(options: argparse.Namespace) -> float:
     """What this attempt may use: alpha shared among the legs of the rule."""
     if options.idea:
         home, _ = home_of(options, None)
@@ -244,7 +245,7 @@ def alpha_of(options):
     return ALPHA / (options.legs or 1)
 
 
-def existing(options):
+def existing(options: argparse.Namespace) -> tuple[deltas.Record, str]:
     """(Record, text of its record.toml) of --record; its own file says who, what and on what."""
     record = deltas.find_record(options.record)
     if options.title or options.people or options.notes:
@@ -260,7 +261,7 @@ def existing(options):
     return record, (record.folder / "record.toml").read_text(encoding="utf-8")
 
 
-def attempt(options):
+def attempt(options: argparse.Namespace) -> tuple[deltas.Record, str]:
     """(Record, text of its record.toml) of a new idea: from --delta, or from attempts/NAME/record.toml.
     Writes nothing."""
     taken = next((r for r in deltas.load_records().values() if options.name in (r.slug, r.attempt)), None)
@@ -289,7 +290,7 @@ def attempt(options):
     return attempts.record_of(text, path), text
 
 
-def written(options, path):
+def written(options: argparse.Namespace, path: Path) -> tuple[deltas.Record, str]:
     """The attempt that was written by hand, or by an earlier submit."""
     if not path.exists():
         raise UserError("name the record with --record short/12, give a new idea with --delta FILE, or "
@@ -309,7 +310,7 @@ def written(options, path):
     return record, text
 
 
-def read_delta(path):
+def read_delta(path: Path) -> tuple[dict, str]:
     """(delta, subsumed) of a file of delta lines, bare or below [delta]; UserError for anything that is
     none."""
     toml = untrusted.toml_file(path)[1]
@@ -328,7 +329,10 @@ def read_delta(path):
     return delta, subsumed
 
 
-def check_delta(parent, delta, subsumed, options, where=None):
+def check_delta(
+    parent: deltas.Record, delta: dict, subsumed: str, options: argparse.Namespace,
+    where: Path | str | None = None
+) -> None:
     """Every line changes its parent; an empty delta is code, and says why in `subsumed`."""
     where = where or options.delta
     if parent.ref.startswith(deltas.ATTEMPT):
@@ -349,7 +353,7 @@ def check_delta(parent, delta, subsumed, options, where=None):
         )
 
 
-def record_text(options, parent, delta, subsumed):
+def record_text(options: argparse.Namespace, parent: deltas.Record, delta: dict, subsumed: str) -> str:
     """Text of the attempt's record.toml."""
     quoted = functools.partial(json.dumps, ensure_ascii=False)  # a JSON string is a TOML string
     head = {
@@ -365,7 +369,7 @@ def record_text(options, parent, delta, subsumed):
 
 # ----- everything that can be known before the first run ----------------------------------------------------
 
-def preflight(options, record):
+def preflight(options: argparse.Namespace, record: deltas.Record) -> None:
     """Refuse what would fail later: git, tools, parent, settings, target, data, GPUs. Nothing is written or
     committed.
 
@@ -386,7 +390,7 @@ def preflight(options, record):
         check_machine(record.parent, options.nproc, options.data)
 
 
-def check_machine(ref, nproc, data):
+def check_machine(ref: str, nproc: int | None, data: str | None) -> None:
     """Print what bench/preflight.py says of this machine, in one line if all is fine. UserError if it is not
     fit."""
     command = [sys.executable, "-m", "bench.preflight", ref, "--nproc", str(nproc or 1), "--brief"]
@@ -398,7 +402,7 @@ def check_machine(ref, nproc, data):
         raise UserError(f"this machine is not fit for a full-scale run: {said}")
 
 
-def prepared(options, record, before=False):
+def prepared(options: argparse.Namespace, record: deltas.Record, before: bool = False) -> dict[str, dict]:
     """{name: arm} of new, parent and perhaps base. before: the record is not committed yet, and so resolved
     here."""
     parent = options.parent or record.parent
@@ -429,7 +433,7 @@ def prepared(options, record, before=False):
     }
 
 
-def shared_sets(options, record):
+def shared_sets(options: argparse.Namespace, record: deltas.Record) -> list[str]:
     """The changes that all arms of a claim have: the stack it is an increment on, the parent's target,
     tokens and context of the validation where the record has others, and those of --set."""
     stacked = stack.changes(stack.entries(options.against.split(","), record), record.parent,
@@ -442,7 +446,7 @@ def shared_sets(options, record):
     return [*stacked, *own, *options.sets]
 
 
-def plan(options, record, found):
+def plan(options: argparse.Namespace, record: deltas.Record, found: dict[str, dict]) -> tuple[dict, str]:
     """(declaration, code diff) of checked arms. UserError where they cannot run here or cannot carry the
     claim."""
     check_arms(options, record, found)
@@ -457,7 +461,7 @@ def plan(options, record, found):
     ), diff
 
 
-def check_data(options, found):
+def check_data(options: argparse.Namespace, found: dict[str, dict]) -> None:
     """The corpus serves every arm: enough shards, enough validation tokens, a row of the model for every
     token."""
     from data.corpus import corpus_for
@@ -476,7 +480,7 @@ def check_data(options, found):
                             f"{arm['record']} has {padded_vocab(s)} rows: choose another --data")
 
 
-def committed(record, text, commit):
+def committed(record: deltas.Record, text: str, commit: bool) -> bool:
     """Is the attempt's record.toml in HEAD? If it is missing it is written; with --commit it is committed,
     alone."""
     path = record.folder / "record.toml"
@@ -501,7 +505,7 @@ def committed(record, text, commit):
     return False
 
 
-def check_arms(options, record, found):
+def check_arms(options: argparse.Namespace, record: deltas.Record, found: dict[str, dict]) -> None:
     """The claim says something: the arms differ, in what the claim is about."""
     new, parent = found["new"], found["parent"]
     if arms.same(new, parent):
@@ -523,7 +527,7 @@ def check_arms(options, record, found):
                         "validation.target=LOSS for all arms")
 
 
-def looks_of(counts, alpha=ALPHA):
+def looks_of(counts: list[int], alpha: float = ALPHA) -> list[dict]:
     """[{runs, alpha}] of --looks 4,8: the shares add up to alpha."""
     from evidence.statistics import spend
     return [{"runs": n, "alpha": a} for n, a in zip(counts, spend(counts, alpha))]
@@ -531,7 +535,7 @@ def looks_of(counts, alpha=ALPHA):
 
 # ----- running it -------------------------------------------------------------------------------------------
 
-def carry_out(folder, data, fault):
+def carry_out(folder: Path, data: str | None, fault: str | None) -> None:
     """Make the declared runs from where the plan stands; with looks, stop at the first that decides."""
     book = manifest.resume(folder)  # mends a line that a kill has cut
     claim = book.claim
@@ -563,7 +567,7 @@ def carry_out(folder, data, fault):
         claim = book.claim
 
 
-def decide(claim, look, last):
+def decide(claim: manifest.Claim, look: dict, last: bool) -> str:
     """passed, failed or continue: the test that verify will take again."""
     if not verify.judge(claim, look["alpha"], look["runs"])["reasons"]:
         return "passed"
@@ -571,7 +575,7 @@ def decide(claim, look, last):
     return "failed" if last or lost else "continue"  # a run without a loss fails every later look, too
 
 
-def pack_sources(runs):
+def pack_sources(runs: Path) -> None:
     """sources-<hash>.txt -> .txt.xz, as the repository keeps them."""
     for path in files.listed(runs, "sources-*.txt"):
         files.write(path.with_name(path.name + ".xz"), lzma.compress(path.read_bytes()))

@@ -10,6 +10,7 @@ three levels of hints, the fraction of the speed-up recovered) and, open-ended, 
 No torch here.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import shutil
@@ -55,7 +56,7 @@ RULES = """\
   score."""
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records task`."""
     p.add_argument("record", help="the record to start from, like short/33")
     goal = p.add_mutually_exclusive_group()
@@ -79,8 +80,8 @@ def arguments(p):
     p.add_argument("--out", metavar="DIR", help="the task folder (default tasks/<record>_<scale>)")
 
 
-def run(options):
-    """`records task`. Returns 0."""
+def run(options: argparse.Namespace) -> None:
+    """`records task`: write the folder that the options ask for."""
     about = declare(options)
     out = Path(options.out or f"tasks/{about['parent'].replace('/', '-')}_{about['scale']}")
     if out.exists():
@@ -91,7 +92,7 @@ def run(options):
           f"edit {out}/candidate, then: python -m records referee {out} {out}/candidate")
 
 
-def declare(options):
+def declare(options: argparse.Namespace) -> dict:
     """task.json of the options, checked."""
     parent = deltas.find_record(options.record)
     if parent.ref.startswith(deltas.ATTEMPT):
@@ -121,12 +122,12 @@ def declare(options):
     }
 
 
-def budget(steps):
+def budget(steps: int | None) -> list[str]:
     """The --set lines of a task's own number of steps."""
     return [f"schedule.steps={steps}"] if steps else []
 
 
-def children(parent):
+def children(parent: deltas.Record) -> list[deltas.Record]:
     """The records that descend from this one in its own lineage, in order, without claims."""
     lineage = parent.ref.split("/")[0]
     records = [
@@ -135,12 +136,12 @@ def children(parent):
     return [r for r in records if r != parent and parent in deltas.chain(r)]
 
 
-def digest(data):
+def digest(data: bytes) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
-def sources(parent):
+def sources(parent: deltas.Record) -> dict[str, bytes]:
     """{path: bytes} of a task's candidate folder: the trainer, the chain of records up to the parent, and an
     attempt that changes nothing."""
     taken = {path for pattern in TAKEN for path in files.listed(ROOT, pattern) if path.is_file()}
@@ -152,13 +153,13 @@ def sources(parent):
     return found | {RECORD_TOML: template(parent).encode(), ABOUT: b'{"knowledge": ""}\n'}
 
 
-def template(parent):
+def template(parent: deltas.Record) -> str:
     """record.toml of a candidate that changes nothing yet."""
     return (f'title = "Candidate"\nparent = "{parent.ref}"\nkind = "ml"\n'
             'subsumed = "nothing is changed yet: remove this line with the first change"\n\n[delta]\n')
 
 
-def write(about, out):
+def write(about: dict, out: Path) -> None:
     """The task folder, whole or not at all."""
     scratch = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -176,7 +177,7 @@ def write(about, out):
 
 # ----- the page ---------------------------------------------------------------------------------------------
 
-def page(about):
+def page(about: dict) -> str:
     """TASK.md."""
     steps = f" with {about['steps']} steps" if about["steps"] else ""
     count = len(about["transitions"])
@@ -216,7 +217,7 @@ Files that may change:
 {hints(about)}"""
 
 
-def hints(about):
+def hints(about: dict) -> str:
     """The section of hints, of the task's level."""
     level = HINTS.index(about["hints"])
     if level == 0:
@@ -234,7 +235,7 @@ def hints(about):
     return "\n".join(parts)
 
 
-def sentence(path):
+def sentence(path: str) -> str:
     """What a setting that a record changes means, and the explanation of a section, in one line."""
     field = schema.find_field(path)
     words = [field.metadata["doc"]]

@@ -10,6 +10,7 @@ are read too. Other lines (the program, the environment, training losses) are le
 import hashlib
 import math
 import re
+from pathlib import Path
 
 from common import untrusted
 from common.errors import UserError
@@ -22,7 +23,7 @@ LLMC = re.compile(rf"^s:(\d{{1,12}}) tel:{NUMBER}\s*$", re.M | re.I)
 SHAPE = "step:N/M val_loss:L train_time:Tms step_avg:Sms"
 
 
-def parse(text, name="log"):
+def parse(text: str, name: str = "log") -> dict:
     """The one run of a log: {curve, val_loss, train_time_ms, steps, scheduled_steps, complete, diverged}.
 
     curve: [[step, val_loss (nats per token), train_time_ms or None]]. steps: the last validated step, at
@@ -38,7 +39,7 @@ def parse(text, name="log"):
     return runs[0]
 
 
-def parse_all(text, name="log"):
+def parse_all(text: str, name: str = "log") -> list[dict]:
     """Every run of a log in which several follow each other (a new one begins where the step goes back)."""
     points = [(int(step), int(scheduled), float(loss), float(time) * (1000 if unit.lower() == "s" else 1))
               for step, scheduled, loss, time, unit in LINE.findall(text)]
@@ -57,7 +58,7 @@ def parse_all(text, name="log"):
     return [summary(run, name) for run in runs]
 
 
-def summary(points, name):
+def summary(points: list[tuple[int, int | None, float, float | None]], name: str) -> dict:
     """One run's dict from its (step, scheduled, loss, ms), checked."""
     step, scheduled, loss, ms = points[-1]
     for before, point in zip(points, points[1:]):
@@ -81,7 +82,7 @@ def summary(points, name):
     }
 
 
-def read(path):
+def read(path: Path) -> tuple[dict, str]:
     """(parse of a file, sha256 of its bytes)."""
     data = untrusted.bytes_of(path)
     return parse(data.decode("utf-8", errors="replace"), str(path)), hashlib.sha256(data).hexdigest()

@@ -12,6 +12,7 @@ Exit code 0: consistent and shown, 3: consistent, not shown, 2: refused.
 docs/evidence.md says what the grades mean, and what a consistent forgery can still do.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -21,6 +22,7 @@ import shutil
 import statistics as middle
 import sys
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import arguments as numbers, files, untrusted
@@ -58,7 +60,7 @@ CANNOT_KNOW = (
 )
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records verify`."""
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
     p.add_argument("--audit", metavar="FILE|now",
@@ -78,7 +80,7 @@ def arguments(p):
     p.add_argument("--json", action="store_true", help="print results.json instead of the report")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """The command. Returns the exit code."""
     folder = Path(options.folder)
     if folder.is_dir():
@@ -112,7 +114,10 @@ def run(options):
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]
 
 
-def verify(folder, audit=None, reproduction=None, page=True, key=None):
+def verify(
+    folder: Path | str, audit: Path | str | dict | None = None, reproduction: Path | str | None = None,
+    page: bool = True, key: Path | None = None
+) -> dict:
     """results.json of a claim folder, as a dict. UserError only if there is no claim, or no audit, to read.
 
     audit, reproduction: a file and a folder; None: those that the claim folder keeps. audit may be the
@@ -136,7 +141,7 @@ def verify(folder, audit=None, reproduction=None, page=True, key=None):
     return named(results, copies)
 
 
-def named(value, copies):
+def named(value: Any, copies: dict[Path | str, Path | str]) -> Any:
     """A text, or plain value, with the names of private copies replaced by those of the folders that they
     are of."""
     if isinstance(value, str):
@@ -148,7 +153,7 @@ def named(value, copies):
     return [named(inner, copies) for inner in value] if isinstance(value, list) else value
 
 
-def fit_to_print(value):
+def fit_to_print(value: Any) -> Any:
     """A plain value whose texts act on no terminal, whoever wrote them."""
     if isinstance(value, str):
         return printable(value)
@@ -157,7 +162,10 @@ def fit_to_print(value):
     return [fit_to_print(inner) for inner in value] if isinstance(value, list) else value
 
 
-def judged(folder, audit, reproduction, page, place, key=None):
+def judged(
+    folder: Path, audit: Path | str | dict | None, reproduction: Path | str | None, page: bool, place: Path,
+    key: Path | None = None
+) -> dict:
     """`verify` of private copies; place: where the claim folder itself lies."""
     found = claim_laws.examine(folder)
     d = found.declaration or {}
@@ -204,7 +212,7 @@ def judged(folder, audit, reproduction, page, place, key=None):
     return results
 
 
-def untimed(found, name):
+def untimed(found: claim_laws.Evidence, name: str) -> dict[str, float] | None:
     """{start, warmup}: mean seconds before the clock of an arm's counted runs, or None without logs."""
     rows = [claim_laws.untimed(found.logs[r.run]) for r in found.claim.counted(name) if r.run in found.logs]
     rows = [row for row in rows if row is not None]
@@ -222,7 +230,7 @@ GRADES = ("none", "consistent", "audited", "reproduced")
 GRADED = ("grade", "audit", "reproduction")  # of results.json: what another call may have found
 
 
-def read_results(folder):
+def read_results(folder: Path) -> dict | None:
     """The results.json of a claim folder, or None if there is no whole one."""
     try:
         return writeup.read_results(folder)
@@ -230,7 +238,7 @@ def read_results(folder):
         return None
 
 
-def is_its_page(folder, results, place):
+def is_its_page(folder: Path, results: dict, place: Path) -> bool:
     """Is README.md, if there is one, written from these results or from the results.json next to it?
     place: where the folder lies, of which this one may be a copy."""
     path = folder / writeup.PAGE
@@ -248,7 +256,7 @@ def is_its_page(folder, results, place):
         return False  # results.json of another making: then the page has nothing to rest on
 
 
-def store(folder, results, page, claim=None):
+def store(folder: Path, results: dict, page: bool, claim: Path | None = None) -> None:
     """Write results.json and, if asked for and there is something to tell, README.md.
 
     claim: the claim folder, where it is not `folder` itself.
@@ -258,7 +266,10 @@ def store(folder, results, page, claim=None):
         untrusted.put(folder, writeup.PAGE, writeup.readme(claim or folder, results))
 
 
-def keep(folder, results, audit, reproduction, key=None):
+def keep(
+    folder: Path, results: dict, audit: Path | str | dict | None, reproduction: Path | str | None,
+    key: Path | None = None
+) -> None:
     """Keep the audit and the reproduction that counted in the claim folder, so that the grade can be checked
     again. An audit that was made in this call is signed, if there is a private key."""
     if audit and results.get("audit", {}).get("counts"):
@@ -283,7 +294,7 @@ def keep(folder, results, audit, reproduction, key=None):
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def differences(stored, fresh, path=""):
+def differences(stored: Any, fresh: Any, path: str = "") -> list[str]:
     """Paths at which a stored results.json differs from what verify finds now;
     what is `unknown`, and which `attempts` followed, depends on the checkout."""
     if isinstance(stored, dict) and isinstance(fresh, dict):
@@ -296,7 +307,7 @@ def differences(stored, fresh, path=""):
     return [] if stored == fresh else [path]
 
 
-def describe(found):
+def describe(found: claim_laws.Evidence) -> dict:
     """What was run, where, by which code: the part of results.json that is copied from the logs."""
     d, start = found.declaration, next(iter(found.logs.values())).start
     keys = ("device", "torch", "cpu", "cores", "machine", "corpus", "corpus_digest", "val_digest",
@@ -317,12 +328,12 @@ def describe(found):
 
 # ----- statistics -------------------------------------------------------------------------------------------
 
-def last_alpha(d, claim):
+def last_alpha(d: dict, claim: manifest.Claim) -> float:
     """What the test may use: alpha, or with looks the share of the last one that was taken."""
     return d["plan"]["looks"][len(claim.looks) - 1]["alpha"] if "looks" in d["plan"] else d["alpha"]
 
 
-def judge(claim, alpha, runs=None):
+def judge(claim: manifest.Claim, alpha: float, runs: int | None = None) -> dict:
     """{statistics, reasons}: what the counted runs of a record claim show at level alpha; no reasons:
     it is shown.
 
@@ -359,7 +370,9 @@ def judge(claim, alpha, runs=None):
     return {"statistics": out, "reasons": reasons}
 
 
-def judge_loss(d, claim, found, alpha, paired, out):
+def judge_loss(
+    d: dict, claim: manifest.Claim, found: dict[str, list[dict]], alpha: float, paired: bool, out: dict
+) -> list[str]:
     """Reasons why the losses do not carry the claim; adds target, parity and noninferior to `out`."""
     from evidence import statistics
     losses, reasons = {name: [r["val_loss"] for r in rows] for name, rows in found.items()}, []
@@ -394,7 +407,7 @@ def judge_loss(d, claim, found, alpha, paired, out):
     return reasons
 
 
-def judge_time(ratio, alpha, what="time"):
+def judge_time(ratio: dict | None, alpha: float, what: str = "time") -> list[str]:
     """Reasons why a time ratio does not show that the new arm is faster; empty if it does."""
     if ratio is None:
         return [f"{what}: the logs hold none above zero"]
@@ -405,7 +418,7 @@ def judge_time(ratio, alpha, what="time"):
     return []
 
 
-def check_looks(found):
+def check_looks(found: claim_laws.Evidence) -> list[str]:
     """Reasons against a claim that was not ended when it had to be:
     each look is taken again from the logs."""
     d = found.declaration
@@ -418,7 +431,7 @@ def check_looks(found):
     return reasons
 
 
-def check_parity(claim, found):
+def check_parity(claim: manifest.Claim, found: dict[str, list[dict]]) -> dict:
     """Loss and gradients of the last untimed step, and the first timed training losses: new against parent,
     seed by seed."""
     logs = {name: {r["seed"]: events_of(claim, r) for r in found[name]} for name in ("new", "parent")}
@@ -452,18 +465,18 @@ def check_parity(claim, found):
     return {"precision": precision, **limits, "floor": FLOOR, "rows": rows, "failures": failures}
 
 
-def precision_of(settings):
+def precision_of(settings: dict) -> str:
     """The coarsest dtype of plain settings: a key of PARITY."""
     return next((p for p in ("bfloat16", "float32", "float64") if p in settings["numerics"].values()),
                 "float32")
 
 
-def events_of(claim, row):
+def events_of(claim: manifest.Claim, row: dict) -> list[dict]:
     """All events of a run of a claim."""
     return runlog.read_chain(claim.folder / "runs" / row["folder"] / "run.jsonl")
 
 
-def first_losses_apart(new, old):
+def first_losses_apart(new: list[dict], old: list[dict]) -> float:
     """Largest relative difference of the first timed training losses of two runs of one seed."""
     a, b = ([x for e in events if e["kind"] == "validation" for x in e["train_loss"]][:FIRST_STEPS]
             for events in (new, old))
@@ -472,7 +485,7 @@ def first_losses_apart(new, old):
     )
 
 
-def parity(new, old):
+def parity(new: dict, old: dict) -> dict:
     """{loss, worst, parameter, median}: relative differences of two probes.
 
     worst: over all parameters, relative to the gradient's norm (at least FLOOR of the largest one). median:
@@ -496,7 +509,7 @@ def parity(new, old):
 
 # ----- grades -----------------------------------------------------------------------------------------------
 
-def read_audit(path):
+def read_audit(path: Path | str | dict) -> tuple[dict, dict, bool]:
     """The result of `records audit --json`: of a file, or as a dict one that was made in this call."""
     made = isinstance(path, dict)
     try:
@@ -515,7 +528,7 @@ def read_audit(path):
     return facts, audit, made
 
 
-def audit_now(folder):
+def audit_now(folder: Path) -> dict:
     """The result of an audit of a claim's commit and record by this checkout. UserError if the claim names no
     commit of this repository."""
     from evidence import audit
@@ -527,12 +540,14 @@ def audit_now(folder):
                        seeds=seeds_of(manifest.read(folder).declaration))
 
 
-def seeds_of(declaration):
+def seeds_of(declaration: dict) -> list[int]:
     """The seeds of the counted runs that a claim declares for its record, in order."""
     return sorted({x["seed"] for x in declaration["order"] if x["arm"] == "new" and not x["discard"]})
 
 
-def grade_audit(results, audit, declaration, key=None):
+def grade_audit(
+    results: dict, audit: tuple[dict, dict, bool], declaration: dict, key: Path | None = None
+) -> None:
     """`audited` if an audit of the very code and record passed, which this call made or the judge's key
     signed; a failed one speaks against the claim whoever made it."""
     from evidence.audit import CHECKS
@@ -565,7 +580,7 @@ def grade_audit(results, audit, declaration, key=None):
         results["grade"], audit["counts"] = "audited", True
 
 
-def tree_of(commit):
+def tree_of(commit: str) -> str | None:
     """The tree of a commit of this repository, or None."""
     try:
         return arms.line("rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{tree}}")
@@ -573,7 +588,7 @@ def tree_of(commit):
         return None
 
 
-def uncounted(whole, made, new, key):
+def uncounted(whole: dict, made: bool, new: dict, key: Path | None) -> str:
     """Why an audit that passed does not count, or '': it must be this call's or the judge's, of a commit that
     this repository has."""
     tree = tree_of(new["commit"])
@@ -590,7 +605,7 @@ def uncounted(whole, made, new, key):
     return ""
 
 
-def grade_reproduction(results, found, folder):
+def grade_reproduction(results: dict, found: claim_laws.Evidence, folder: Path | str) -> None:
     """`reproduced` if the same claim of another machine is consistent,
     and its runs show all of it by themselves."""
     other = claim_laws.examine(folder)
@@ -610,7 +625,7 @@ def grade_reproduction(results, found, folder):
             f"the reproduction offered is none: its own runs do not show the claim ({reasons[0]})")
 
 
-def not_a_reproduction(found, other):
+def not_a_reproduction(found: claim_laws.Evidence, other: claim_laws.Evidence) -> str:
     """Why another claim folder is no rerun of this one elsewhere, or ''."""
     if other.problems:
         return f"it is refused itself ({other.problems[0]})"
@@ -636,14 +651,14 @@ def not_a_reproduction(found, other):
     return ""
 
 
-def clocks_of(found):
+def clocks_of(found: claim_laws.Evidence) -> set[tuple[float, ...]]:
     """The training times at the validations of each run of a claim, as a set: no two runs have the same."""
     return {tuple(v["train_time_ms"] for v in log.validations) for log in found.logs.values()}
 
 
 # ----- text logs --------------------------------------------------------------------------------------------
 
-def is_text_logs(folder):
+def is_text_logs(folder: Path) -> bool:
     """No claim and no run folders, but text files: here or one level down,
     as upstream's records have them."""
     marks = (manifest.NAME, "run.jsonl", "*/run.jsonl")
@@ -651,7 +666,7 @@ def is_text_logs(folder):
         files.listed(folder, m) for m in ("*.txt", "*/*.txt"))
 
 
-def text_logs(folder, target):
+def text_logs(folder: Path, target: float | None) -> dict:
     """Statistics of a folder of upstream's text logs, one run a file.
     UserError if they are not one group of runs."""
     from evidence import statistics
@@ -701,17 +716,17 @@ def text_logs(folder, target):
 
 # ----- what is printed --------------------------------------------------------------------------------------
 
-def number(value, form):
+def number(value: float | None, form: str) -> str:
     """A number in a format, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 
-def seconds(ms):
+def seconds(ms: float | None) -> float | None:
     """Milliseconds to seconds; None stays None."""
     return None if ms is None else ms / 1000
 
 
-def report_text_logs(results):
+def report_text_logs(results: dict) -> None:
     """Print what a folder of published text logs shows."""
     test, ms = results["target"], results["time_ms"]
     print(f"{len(results['files'])} text logs of {results['steps']} steps")
@@ -723,7 +738,7 @@ def report_text_logs(results):
     finish_report(results, test)
 
 
-def report(results, where):
+def report(results: dict, where: str) -> None:
     """The problems, or the statistics, then verdict, grade, and what is not known."""
     if results["claim"] == "comparison" and not results["problems"]:
         compare.report(results)
@@ -733,7 +748,7 @@ def report(results, where):
     print(where)
 
 
-def report_record(results):
+def report_record(results: dict) -> None:
     """Print what a claim shows: arms, statistics, parity."""
     print(f"{results['record']} at scale {results['scale']}: claim {results['claim']}, {results['pairing']} "
           f"pairing, {results['device']}, torch {results['torch']}")
@@ -778,7 +793,7 @@ def report_record(results):
         print(f"excluded: run {x['run']} ({x['arm']}, seed {x['seed']}), {x['cause']}: {x['note']}")
 
 
-def finish_report(results, test):
+def finish_report(results: dict, test: dict | None) -> None:
     """Print the verdict, its reasons, the grade and what verification cannot know."""
     if results["verdict"] == "refused":
         problems = results["problems"]

@@ -8,19 +8,22 @@ is removed. A record that was promoted and that nothing is built on goes back to
 one commit.
 """
 
+import argparse
+from pathlib import Path
+
 from common import files, untrusted
 from common.errors import UserError
 from evidence import arms, attempts, ledger, manifest, promote, verify
 from settings import deltas
 
 
-def arguments(p):
+def arguments(p: argparse.ArgumentParser) -> None:
     """Options of `records withdraw`."""
     p.add_argument("what", help="NAME or attempts/NAME of an attempt, or a promoted record like short/34")
     p.add_argument("--why", required=True, metavar="TEXT", help="the reason, which is kept with the claim")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> None:
     """`records withdraw`: take back an attempt or a promoted record, with its reason."""
     why = " ".join(options.why.split())
     if not why:
@@ -31,7 +34,7 @@ def run(options):
     return withdraw_attempt(options.what, why)
 
 
-def withdraw_attempt(name, why):
+def withdraw_attempt(name: str, why: str) -> None:
     """Mark an attempt; remove one of which no run was declared."""
     folder = attempts.folder_of(name)
     if not (folder / manifest.NAME).exists():
@@ -41,14 +44,14 @@ def withdraw_attempt(name, why):
     print(f"withdrawn after {len(claim.runs)} runs: {why}\nits evidence stays in {folder}")
 
 
-def renew(folder):
+def renew(folder: Path) -> None:
     """results.json, and the page where all runs were made, say that the claim was withdrawn."""
     results = verify.verify(folder, page=False)
     ledger.settle(folder, manifest.read(folder), results)
     verify.store(folder, verify.verify(folder, page=False), page=True)
 
 
-def remove(folder, why):
+def remove(folder: Path, why: str) -> None:
     """An attempt without a plan: nothing was run, so only its record.toml goes."""
     path = folder / "record.toml"
     tracked = bool(arms.is_checkout() and arms.line("ls-files", "--", str(path)))
@@ -65,7 +68,7 @@ def remove(folder, why):
     print(f"removed {path}: nothing of it was run" + (f"; commit {done[:12]}" if tracked else ""))
 
 
-def withdraw_record(record, why):
+def withdraw_record(record: deltas.Record, why: str) -> None:
     """Move a promoted record back to its attempt and mark it, in one commit."""
     if not record.attempt:
         raise UserError(

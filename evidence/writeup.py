@@ -9,6 +9,7 @@ import dataclasses
 import re
 import uuid
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import files, untrusted
@@ -18,7 +19,7 @@ from evidence import provenance
 from settings import deltas, schema
 
 
-def read_results(folder):
+def read_results(folder: Path | str) -> dict:
     """The results.json of a claim folder."""
     try:
         return untrusted.json_file(Path(folder) / "results.json")
@@ -26,17 +27,17 @@ def read_results(folder):
         raise UserError(f"{folder}: no whole results.json: run `records verify {folder}` first") from None
 
 
-def record_of(folder, results):
+def record_of(folder: Path | str, results: dict) -> deltas.Record:
     """The claimed Record, from the claim folder or this checkout."""
     return provenance.read_carried(Path(folder), results["record"]) or deltas.find_record(results["record"])
 
 
-def show(value, form, missing="-"):
+def show(value: float | None, form: str, missing: str = "-") -> str:
     """A number in a format, or `missing` for None."""
     return missing if value is None else format(value, form)
 
 
-def seconds(row, key):
+def seconds(row: dict, key: str) -> float | None:
     """A statistic of training times in seconds, or None."""
     return None if row["time_ms"] is None or row["time_ms"][key] is None else row["time_ms"][key] / 1000
 
@@ -46,7 +47,7 @@ def seconds(row, key):
 PAGE = "README.md"
 
 
-def readme(folder, results=None, at=None):
+def readme(folder: Path | str, results: dict | None = None, at: Path | str | None = None) -> str:
     """Text of DIR/README.md; results: those of `records verify`, if not yet in results.json. at: where the
     claim folder lies, if `folder` is a copy."""
     results = results or read_results(folder)
@@ -57,7 +58,7 @@ def readme(folder, results=None, at=None):
     ])
 
 
-def tame(value, lines=False):
+def tame(value: Any, lines: bool = False) -> Any:
     """A plain value whose texts begin no HTML and no link and end no cell or line of a page. lines: keep line
     ends."""
     if isinstance(value, str):
@@ -68,21 +69,21 @@ def tame(value, lines=False):
     return [tame(inner) for inner in value] if isinstance(value, list) else value
 
 
-def tame_record(record):
+def tame_record(record: deltas.Record) -> deltas.Record:
     """A Record whose texts are tame."""
     return dataclasses.replace(
         record, title=tame(record.title), people=tame(record.people), notes=tame(record.notes, lines=True),
         subsumed=tame(record.subsumed))
 
 
-def place(folder):
+def place(folder: Path | str) -> Path | str:
     """How the claim folder is named from the top of the checkout."""
     folder = Path(folder).resolve()
     return folder.relative_to(runlog.ROOT.resolve()) if folder.is_relative_to(
         runlog.ROOT.resolve()) else folder.name
 
 
-def heading(record, results):
+def heading(record: deltas.Record, results: dict) -> list[str]:
     """Lines of the README: title, people, claim, verdict."""
     words = {"shown": "SHOWN", "not shown": "NOT SHOWN"}[results["verdict"]]
     size = "" if results["scale"] == "full" else ", a small image of the record, not the record itself"
@@ -105,7 +106,7 @@ def heading(record, results):
     return out
 
 
-def table(results):
+def table(results: dict) -> list[str]:
     """One row an arm; what was declared; where it ran."""
     rows = [
         "| arm | record | runs | steps | loss | sd | seconds | sd | before the clock: start, warm-up (s) |",
@@ -132,7 +133,7 @@ def table(results):
             + (f"; all arms with {' '.join(changes)}" if changes else "") + ".", *excluded, ""]
 
 
-def findings(results):
+def findings(results: dict) -> list[str]:
     """Lines of the README: what the statistics say."""
     s, out = results["statistics"], []
     if s.get("target"):
@@ -162,7 +163,7 @@ def findings(results):
     return ["## What they show", "", *out, ""]
 
 
-def credits(record):
+def credits(record: deltas.Record) -> list[str]:
     """Whose ideas these are."""
     out, records = [], deltas.load_records()
     if record.parent in records:
@@ -181,7 +182,7 @@ def credits(record):
     return ["## Credits", "", *out, ""]
 
 
-def limits(results):
+def limits(results: dict) -> list[str]:
     """Lines of the README: what these runs cannot show."""
     scale = results["scale"]
     out = [] if scale == "full" else [
@@ -202,7 +203,7 @@ def limits(results):
 GROUPS = {"new": "this_pr", "parent": "baseline", "base": "last_ml_record"}
 
 
-def upstream(folder):
+def upstream(folder: Path | str) -> Path:
     """Write DIR/upstream/<date>_<Name>/: README.md, statistics.md, a log per run in this_pr/ and baseline/.
 
     A log is source, a ruler, environment and settings, a ruler, and the lines `step:S/T val_loss:X
@@ -225,7 +226,7 @@ def upstream(folder):
     return out
 
 
-def upstream_log(runs, run):
+def upstream_log(runs: Path, run: dict) -> str:
     """Text of one run in upstream's form; of a run without a log only that."""
     if run["folder"] is None:
         return f"run {run['run']}, seed {run['seed']}: {run['status']}, it left no log\n"
@@ -240,7 +241,7 @@ def upstream_log(runs, run):
     return "\n".join([source.rstrip("\n"), *rest, *lines]) + "\n"
 
 
-def upstream_readme(record, results):
+def upstream_readme(record: deltas.Record, results: dict) -> str:
     """The README of a submission in the form of the modded-nanogpt repository."""
     record, results = tame_record(record), tame(results)
     s = results["statistics"]
@@ -278,7 +279,7 @@ def upstream_readme(record, results):
     )
 
 
-def statistics_page(results):
+def statistics_page(results: dict) -> str:
     """The losses, and the test as upstream types it."""
     s, out = results["statistics"], ["# Statistics", ""]
     for name, row in s["arms"].items():

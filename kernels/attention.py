@@ -21,10 +21,14 @@ FlexAttention are imported when first used.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BACKENDS = ("dense", "documents", "banded", "flex", "varlen", "flash3", "flash4")
 # lengths are rounded up to a multiple of this: the CPU kernel runs up to 1.5 times as fast as on odd ones
@@ -52,7 +56,7 @@ class View(NamedTuple):
     plan: Any
 
 
-def visible(q, k, window):
+def visible(q: int | torch.Tensor, k: int | torch.Tensor, window: Window) -> bool | torch.Tensor:
     """Whether positions q see positions k (integers or integer tensors that broadcast), documents aside."""
     seen = k <= q
     if window.tokens is not None:
@@ -62,7 +66,7 @@ def visible(q, k, window):
     return seen
 
 
-def keys_seen(window, tokens):
+def keys_seen(window: Window, tokens: int) -> float:
     """How many keys a query of a row of `tokens` sees on average, documents aside."""
     q = torch.arange(tokens)
     first = torch.zeros_like(q)  # key that each query sees
@@ -73,7 +77,7 @@ def keys_seen(window, tokens):
     return float((q - first + 1).double().mean())
 
 
-def reach(window, tokens):
+def reach(window: Window, tokens: int) -> int:
     """How many tokens before itself a query can see at most, in a row of `tokens`."""
     far = tokens - 1
     if window.tokens is not None:
@@ -83,7 +87,7 @@ def reach(window, tokens):
     return far
 
 
-def binding(window, tokens):
+def binding(window: Window, tokens: int) -> Window:
     """The window without limits that hide nothing in a row of `tokens`.
 
     ValueError if a limit is below 1, because a query sees at least itself.
@@ -100,9 +104,10 @@ def binding(window, tokens):
 # ----- choosing a backend -----------------------------------------------------------------------------------
 
 def choose(
-    requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False,
-    passed=None
-):
+    requested: str, device: torch.device | str, *, documents: bool, window: Window, tokens: int,
+    requires_grad: bool = True, dtype: torch.dtype = torch.float32, compiled: bool = False,
+    passed: set[str] | None = None
+) -> str:
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
     documents: whether rows are cut into documents. tokens: T.
@@ -125,7 +130,9 @@ def choose(
     raise ValueError(f"attention backend {backend} {why}")
 
 
-def preferred(device, documents, window, tokens, compiled):
+def preferred(
+    device: torch.device, documents: bool, window: Window, tokens: int, compiled: bool
+) -> tuple[str, ...]:
     """Backends in the order in which `auto` takes them.
 
     Elsewhere than on CUDA it is one, by bench/attention.py on one CPU thread, where a row has hundreds of
@@ -145,7 +152,10 @@ def preferred(device, documents, window, tokens, compiled):
     return ("dense",) if 4 * far >= 3 * tokens else ("banded",)
 
 
-def refusal(backend, device, window, requires_grad, dtype, compiled):
+def refusal(
+    backend: str, device: torch.device, window: Window, requires_grad: bool, dtype: torch.dtype,
+    compiled: bool
+) -> str | None:
     """Why this backend cannot do it (the rest of a sentence), or None."""
     if backend == "documents" and compiled:
         return "has shapes that depend on the data and cannot be compiled; use banded"
@@ -169,8 +179,11 @@ def refusal(backend, device, window, requires_grad, dtype, compiled):
 
 # ----- preparing and attending ------------------------------------------------------------------------------
 
-def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, max_seqlen=None,
-         max_docs=None):
+def view(
+    documents: torch.Tensor | None, window: Window, backend: str, *, rows: int = 1, tokens: int | None = None,
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, max_seqlen: int | None = None,
+    max_docs: int | None = None
+) -> View:
     """Prepare attention for one forward pass, outside what is compiled.
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`,
@@ -194,7 +207,9 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
     return View(backend, PREPARE[backend](documents, window, rows, tokens, device, dtype, max_seqlen))
 
 
-def attend(q, k, v, view=None, scale=None):
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View | None = None, scale: float | None = None
+) -> torch.Tensor:
     """q, k: (R, T, H, K), v: (R, T, H, V), one dtype. Returns (R, T, H, V).
 
     view: from `view`; None: plain causal attention. scale: factor of the logits, default 1/sqrt(K).
@@ -224,7 +239,10 @@ class ShapesOnly(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def attend_cached(q, k, v, documents=None, window=CAUSAL, scale=None):
+def attend_cached(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None = None,
+    window: Window = CAUSAL, scale: float | None = None
+) -> torch.Tensor:
     """The newest token of each row against all cached ones, of which it is the last.
 
     q: (R, 1, H, K); k: (R, T, H, K), v: (R, T, H, V); documents: (R, T) ids or None. Returns (R, 1, H, V).
@@ -233,7 +251,10 @@ def attend_cached(q, k, v, documents=None, window=CAUSAL, scale=None):
     return sdpa(q, k, v, None if seen is None else seen[:, None, None], scale)
 
 
-def visible_to_last(tokens, device, documents=None, window=CAUSAL):
+def visible_to_last(
+    tokens: int, device: torch.device | str | None, documents: torch.Tensor | None = None,
+    window: Window = CAUSAL
+) -> torch.Tensor | None:
     """Which of T tokens the last one sees: booleans (R or 1, T), or None where it sees all."""
     window, seen = binding(window, tokens), None
     if window != CAUSAL:
@@ -244,7 +265,10 @@ def visible_to_last(tokens, device, documents=None, window=CAUSAL):
     return seen
 
 
-def sdpa(q, k, v, mask, scale, causal=False):
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+    causal: bool = False
+) -> torch.Tensor:
     """scaled_dot_product_attention of (R, T, H, K) tensors."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(
@@ -252,7 +276,7 @@ def sdpa(q, k, v, mask, scale, causal=False):
     ).transpose(1, 2)
 
 
-def additive(seen, dtype):
+def additive(seen: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """A boolean mask as what SDPA adds to the logits."""
     return (
         seen if dtype is None
@@ -260,34 +284,34 @@ def additive(seen, dtype):
     )
 
 
-def round_up(n, unit):
+def round_up(n: int, unit: int) -> int:
     """The smallest multiple of `unit` that is at least n."""
     return -(-n // unit) * unit
 
 
-def power_of_two(n):
+def power_of_two(n: int) -> int:
     """The least one that is not below n."""
     return 1 << (n - 1).bit_length()
 
 
-def begins_document(documents):
+def begins_document(documents: torch.Tensor) -> torch.Tensor:
     """Which of the flattened (R T,) tokens is the first one of a document; a row starts a new one."""
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return first.flatten()
 
 
-def document_starts(documents):
+def document_starts(documents: torch.Tensor) -> torch.Tensor:
     """Index in the flattened (R T,) tokens of the first token of every document."""
     return begins_document(documents).nonzero().flatten()
 
 
-def document_lengths(starts, total):
+def document_lengths(starts: torch.Tensor, total: int) -> torch.Tensor:
     """Tokens of each document (N,), from document_starts (N,) and the number of all tokens."""
     return torch.diff(starts, append=starts.new_tensor([total]))
 
 
-def check_max_seqlen(documents, promised):
+def check_max_seqlen(documents: torch.Tensor, promised: int) -> None:
     """ValueError if a document (R, T) has more tokens than promised; on CUDA an assertion, without a sync."""
     tokens = documents.size(1)
     if promised >= tokens:
@@ -301,7 +325,7 @@ def check_max_seqlen(documents, promised):
         raise ValueError(f"a document of {max_seqlen} tokens where none should have more than {promised}")
 
 
-def check_max_docs(first, promised):
+def check_max_docs(first: torch.Tensor, promised: int) -> int:
     """The promised number of documents, whose first tokens `first` (R T,) marks.
 
     ValueError if there are more documents, some of which would see each other; on CUDA an assertion, without
@@ -316,7 +340,10 @@ def check_max_docs(first, promised):
 
 # ----- dense ------------------------------------------------------------------------------------------------
 
-def prepare_dense(documents, window, rows, tokens, device, dtype, max_seqlen, origin=None):
+def prepare_dense(
+    documents: torch.Tensor | None, window: Window, rows: int, tokens: int, device: torch.device | str | None,
+    dtype: torch.dtype | None, max_seqlen: int | None, origin: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Mask (R or 1, 1, T, T), or None for plain causal attention. origin: as in prepare_banded."""
     if documents is None and window == CAUSAL:
         return None
@@ -329,7 +356,9 @@ def prepare_dense(documents, window, rows, tokens, device, dtype, max_seqlen, or
     return additive(seen, dtype)[:, None]
 
 
-def attend_dense(q, k, v, mask, scale):
+def attend_dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
     """Attention by SDPA, with the mask of prepare_dense."""
     return sdpa(q, k, v, mask, scale, causal=mask is None)
 
@@ -344,7 +373,7 @@ class Band(NamedTuple):
     mask: torch.Tensor  # (R n, 1, B, S)
 
 
-def block_width(far):
+def block_width(far: int) -> int:
     """B for queries that reach `far` back: about half of it.
 
     Wider blocks waste masked work; narrower ones copy keys more often.
@@ -352,7 +381,10 @@ def block_width(far):
     return min(256, max(32, 1 << max(0, (far * 5 // 8).bit_length() - 1)))
 
 
-def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, origin=None):
+def prepare_banded(
+    documents: torch.Tensor | None, window: Window, rows: int, tokens: int, device: torch.device | str | None,
+    dtype: torch.dtype | None, max_seqlen: int | None, origin: torch.Tensor | None = None
+) -> Band:
     """The Band of these documents and this window.
 
     origin: (R,) position of the first token of each row, for block windows where rows are documents.
@@ -378,7 +410,9 @@ def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, o
     return Band(width, None if count * width == tokens else queries.flatten(), keys.flatten(), mask)
 
 
-def attend_banded(q, k, v, band, scale):
+def attend_banded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, scale: float | None
+) -> torch.Tensor:
     """Attention by SDPA in blocks of queries, each with the slice of keys of its Band."""
     rows, tokens = q.shape[:2]
     blocks = band.mask.size(0)
@@ -407,7 +441,10 @@ class Pack(NamedTuple):
     batches: list
 
 
-def prepare_documents(documents, window, rows, tokens, device, dtype, max_seqlen):
+def prepare_documents(
+    documents: torch.Tensor | None, window: Window, rows: int, tokens: int, device: torch.device | str | None,
+    dtype: torch.dtype | None, max_seqlen: int | None
+) -> Pack:
     """The Pack of the documents; None counts as one document per row."""
     if documents is None:
         documents = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
@@ -428,7 +465,10 @@ def prepare_documents(documents, window, rows, tokens, device, dtype, max_seqlen
     return Pack(every.new_zeros(int(lengths_padded.sum())).index_copy_(0, slots, every), slots, batches)
 
 
-def view_batch(window, origin, length, device, dtype):
+def view_batch(
+    window: Window, origin: torch.Tensor, length: int, device: torch.device | str | None,
+    dtype: torch.dtype | None
+) -> View:
     """View of documents as rows of `length`, which begin at positions `origin` (R,) of their rows."""
     rows = len(origin)
     if window.blocks is None:
@@ -440,7 +480,9 @@ def view_batch(window, origin, length, device, dtype):
     return View(backend, PREPARE[backend](None, window, rows, length, device, dtype, None, origin))
 
 
-def attend_documents(q, k, v, pack, scale):
+def attend_documents(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack, scale: float | None
+) -> torch.Tensor:
     """Attention of each batch of a Pack by itself, put back in the tokens' order."""
     rows, tokens = q.shape[:2]
     sizes = [batch.count * batch.length for batch in pack.batches]
@@ -454,7 +496,10 @@ def attend_documents(q, k, v, pack, scale):
 
 # ----- FlexAttention ----------------------------------------------------------------------------------------
 
-def prepare_flex(documents, window, rows, tokens, device, dtype, max_seqlen):
+def prepare_flex(
+    documents: torch.Tensor | None, window: Window, rows: int, tokens: int, device: torch.device | str | None,
+    dtype: torch.dtype | None, max_seqlen: int | None
+) -> "BlockMask":
     """Block mask from the first and last document of each tile: no (T, T) mask is ever made.
 
     The limits of the window are tensors, so that another window compiles nothing.
@@ -474,7 +519,9 @@ def prepare_flex(documents, window, rows, tokens, device, dtype, max_seqlen):
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=TILE, mask_mod=seen, seq_lengths=(tokens, tokens))
 
 
-def tile_kinds(documents, window, tokens, device):
+def tile_kinds(
+    documents: torch.Tensor | None, window: Window, tokens: int, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(some, full), each (R or 1, n, n), for tiles of queries and of keys.
 
     some: whether the queries may see any of the keys. full: whether they see all of them.
@@ -491,7 +538,7 @@ def tile_kinds(documents, window, tokens, device):
     return some, full & (low[:, :, None] == high[:, None]) & (low[:, None] == high[:, :, None])
 
 
-def tile_list(kind):
+def tile_list(kind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, n, n) booleans -> the key tiles of each query tile.
 
     Returns their number (R, 1, n) and their indices (R, 1, n, n), nearest first.
@@ -501,13 +548,15 @@ def tile_list(kind):
 
 
 @functools.cache
-def compiled_flex():
+def compiled_flex() -> Callable:
     """flex_attention compiled for static shapes, once per process."""
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)
 
 
-def attend_flex(q, k, v, block_mask, scale):
+def attend_flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: "BlockMask", scale: float | None
+) -> torch.Tensor:
     """Attention by FlexAttention with the block mask of prepare_flex."""
     from torch.nn.attention.flex_attention import flex_attention
     if not torch.compiler.is_compiling():  # run eagerly it would make all T x T logits and not heed the tiles
@@ -531,7 +580,10 @@ class Varlen(NamedTuple):
     window: tuple
 
 
-def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs):
+def prepare_varlen(
+    documents: torch.Tensor | None, window: Window, rows: int, tokens: int, device: torch.device | str | None,
+    max_seqlen: int | None, max_docs: int | None
+) -> Varlen:
     """Boundaries of all documents, padded to a fixed length so that compiled shapes do not change.
 
     The length is enough for documents of 300 tokens on average, rounded up to a multiple of 128, as in record
@@ -551,13 +603,15 @@ def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs
     return Varlen(cu_seqlens, (max_seqlen, max_docs), (-1 if window.tokens is None else window.tokens - 1, 0))
 
 
-def boundaries(cu_seqlens, sizes):
+def boundaries(cu_seqlens: torch.Tensor, sizes: tuple[int, int] | torch.Tensor) -> tuple[torch.Tensor, int]:
     """(cu_seqlens (N + 1,), max_seqlen) for FlashAttention: its grid has as many documents as boundaries."""
     max_seqlen, max_docs = map(int, sizes)
     return cu_seqlens[:max_docs + 1], max_seqlen
 
 
-def traceable(views, scale, width):
+def traceable(
+    views: list[View | None], scale: float | None, width: int
+) -> list[tuple[View | None, float | None]]:
     """[(view, softmax scale)] of the layers in a compiled forward, with FlashAttention's numbers as tensors.
 
     A Python number is a constant of a graph: three windows (with YaRN three scales) would give three graphs
@@ -585,7 +639,9 @@ def traceable(views, scale, width):
     return [of_layer(view) for view in views]
 
 
-def attend_varlen(q, k, v, plan, scale):
+def attend_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Varlen, scale: float | None
+) -> torch.Tensor:
     """Attention by FlashAttention; narrower q, k or v are padded with zeros to one width."""
     from torch.nn.attention.varlen import varlen_attn
     rows, tokens, _, width = q.shape
@@ -609,13 +665,16 @@ def attend_varlen(q, k, v, plan, scale):
     return y.unflatten(0, (rows, tokens))[..., :value]
 
 
-def torchs_varlen():
+def torchs_varlen() -> tuple[Callable, Callable]:
     """The operators (forward, backward) behind torch.nn.attention.varlen.varlen_attn, as in 2.11 to 2.13."""
     import torch.nn.attention.varlen  # noqa: F401  (defines them)
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
 
-def varlen(q, k, v, cu_seqlens, sizes, left, scale):
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, sizes: torch.Tensor,
+    left: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y like q, log-sum-exp (H, N) float32, random state) of N tokens (N, H, K)."""
     left, (cu_seqlens, max_seqlen) = int(left), boundaries(cu_seqlens, sizes)
     return torchs_varlen()[0](
@@ -623,7 +682,11 @@ def varlen(q, k, v, cu_seqlens, sizes, left, scale):
     )
 
 
-def varlen_gradient(g, q, k, v, cu_seqlens, sizes, left, scale, y, lse, state):
+def varlen_gradient(
+    g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+    sizes: torch.Tensor, left: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, lse: torch.Tensor,
+    state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, from the gradient g of y and what the forward pass kept."""
     left, (cu_seqlens, max_seqlen) = int(left), boundaries(cu_seqlens, sizes)
     run = torchs_varlen()[1]
@@ -642,24 +705,29 @@ varlen_gradient_op = torch.library.custom_op(
 
 
 @varlen_op.register_fake
-def varlen_shape(q, k, v, cu_seqlens, sizes, left, scale):
+def varlen_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, sizes: torch.Tensor,
+    left: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `varlen`, for torch.compile."""
     lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 
 
 @varlen_gradient_op.register_fake
-def varlen_gradient_shape(g, q, k, v, *rest):
+def varlen_gradient_shape(
+    g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `varlen_gradient`, for torch.compile."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def varlen_context(ctx, inputs, output):
+def varlen_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep for the backward pass all inputs and outputs of `varlen`."""
     ctx.save_for_backward(*inputs, *output)
 
 
-def varlen_backward(ctx, g, *_):
+def varlen_backward(ctx: Any, g: torch.Tensor, *_) -> tuple[torch.Tensor | None, ...]:
     """Gradients for all inputs of `varlen`: only q, k and v have one."""
     return *varlen_gradient_op(g, *ctx.saved_tensors), None, None, None, None
 
@@ -667,7 +735,7 @@ def varlen_backward(ctx, g, *_):
 varlen_op.register_autograd(varlen_backward, setup_context=varlen_context)
 
 
-def serve(backend):
+def serve(backend: str) -> Missing | None:
     """Make torch's FlashAttention calls run this implementation from now on.
 
     Returns why that is impossible, or None.
@@ -683,7 +751,7 @@ def serve(backend):
 
 
 @functools.cache
-def activation_failure(implementation):
+def activation_failure(implementation: str | None) -> Missing | None:
     """Why torch cannot activate it, or None. Tried once a process: it imports the package."""
     from torch.nn import attention
     if implementation is None:

@@ -26,7 +26,7 @@ in record 67). Triton is imported when first used.
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from kernels import fp8_linear as fp8_module
 from kernels import tiles
 from kernels.device import missing, operator
 from kernels.rounding import rounded
+
+if TYPE_CHECKING:
+    from triton.runtime import KernelInterface
 
 BACKENDS = ("torch", "triton")
 # elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
@@ -72,10 +75,14 @@ class Plan(NamedTuple):
 
 
 def linear_cross_entropy(
-    x, weight, targets, *, softcap=None, weights=(1.0,), prefix=None, prefix_weight=None, full_mass=False,
-    logit_scale=None, fp8=None, logits8=False, cap_dtype=torch.float32, sigmoid=None,
-    loss_dtype=torch.float32, chunk=None, backend="auto", transpose="torch"
-):
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, softcap: Any = None,
+    weights: torch.Tensor | tuple[float, ...] | list[float] = (1.0,), prefix: torch.Tensor | None = None,
+    prefix_weight: torch.Tensor | float | None = None, full_mass: bool = False,
+    logit_scale: float | None = None, fp8: tuple[float, float, float] | None = None, logits8: bool = False,
+    cap_dtype: torch.dtype = torch.float32, sigmoid: torch.dtype | None = None,
+    loss_dtype: torch.dtype = torch.float32, chunk: int | None = None, backend: str = "auto",
+    transpose: str = "torch"
+) -> torch.Tensor:
     """Cross entropies of the soft-capped logits of x W^T, in the shape of targets and in loss_dtype.
 
     Args:
@@ -126,7 +133,7 @@ def linear_cross_entropy(
     return losses.view(targets.shape)
 
 
-def label_matrix(targets, n, prefix):
+def label_matrix(targets: torch.Tensor, n: int, prefix: torch.Tensor | None) -> torch.Tensor:
     """Targets t, t+1, ... of each token and its prefix target, -1 where there is none.
 
     targets: (N,) or (R, T). Returns (N, n), with prefix (N, n + 1).
@@ -139,7 +146,9 @@ def label_matrix(targets, n, prefix):
     return torch.stack(columns, -1).flatten(0, 1)
 
 
-def column(weights, device, dtype):
+def column(
+    weights: torch.Tensor | tuple[float, ...] | list[float] | float, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     """Floats or a tensor -> (n,) on the device. Filled there: a copy from the host would wait for the GPU."""
     if isinstance(weights, torch.Tensor):
         return weights.to(device, dtype).reshape(-1)
@@ -172,7 +181,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 # ----- chunks of tokens -------------------------------------------------------------------------------------
 
-def forward(a, b, labels, shares, *plan):
+def forward(
+    a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, *plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Operands a (N, D) and b (V, D) of the product -> losses (N,), log-sum-exps (N,).
 
     `triton` returns log-sum-exps less the upper bound of the logits.
@@ -195,7 +206,10 @@ def forward(a, b, labels, shares, *plan):
     return losses, lse
 
 
-def backward(a, b, labels, shares, mass, lse, g, *plan):
+def backward(
+    a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, mass: torch.Tensor,
+    lse: torch.Tensor, g: torch.Tensor, *plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments of `forward` and the gradient g (N,) of the losses -> dx (N, D), dW (V, D).
 
     dx is in x's dtype, dW in float32 or float64.
@@ -227,7 +241,7 @@ def backward(a, b, labels, shares, mass, lse, g, *plan):
     return dx, dw
 
 
-def chunks(tokens, classes, device, size):
+def chunks(tokens: int, classes: int, device: torch.device, size: int) -> list[slice]:
     """Slices of `tokens` tokens with `size` tokens each.
 
     size 0: about equal multiples of 16, so that the logits of a slice have at most CHUNK elements.
@@ -239,14 +253,14 @@ def chunks(tokens, classes, device, size):
     return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
 
 
-def operands(a, b, plan):
+def operands(a: torch.Tensor, b: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """8-bit operands in float32 on a CPU: the product would widen the weight for every chunk."""
     if plan.scales and not a.is_cuda:
         return a.float(), b.float()
     return a, b
 
 
-def logits(a, b, plan):
+def logits(a: torch.Tensor, b: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(n, D) and (V, D) -> (n, V) in x's dtype, or with logits8 in float32."""
     if plan.logits8:
         unscale = 1 / (plan.scales[0] * plan.scales[1])
@@ -256,7 +270,9 @@ def logits(a, b, plan):
     return a @ b.t()
 
 
-def add_products(dx, dw, d, a, b, plan):
+def add_products(
+    dx: torch.Tensor, dw: torch.Tensor, d: torch.Tensor, a: torch.Tensor, b: torch.Tensor, plan: Plan
+) -> None:
     """dx = d b, dw += d^T a; d (n, V) the logits' gradient, with FP8 in e5m2."""
     if plan.scales:
         sx, sw, sg = plan.scales
@@ -276,7 +292,7 @@ def add_products(dx, dw, d, a, b, plan):
 
 # ----- a chunk in torch -------------------------------------------------------------------------------------
 
-def capped(z, plan):
+def capped(z: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Logits times factor under the soft cap, in cap_dtype; in place if z has it."""
     if plan.form == "none" and plan.factor == 1.0:
         return z
@@ -297,7 +313,9 @@ def capped(z, plan):
     return c
 
 
-def chunk_losses(z, labels, shares, plan):
+def chunk_losses(
+    z: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (n, V), which it overwrites, labels (n, K) -> losses and log-sum-exps (n,)."""
     c = capped(z, plan).to(plan.loss_dtype)
     lse = torch.logsumexp(c, 1)
@@ -305,7 +323,10 @@ def chunk_losses(z, labels, shares, plan):
     return terms.masked_fill(labels < 0, 0.0).sum(1), lse
 
 
-def chunk_gradient(z, labels, shares, mass, g, lse, plan):
+def chunk_gradient(
+    z: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, mass: torch.Tensor, g: torch.Tensor,
+    lse: torch.Tensor, plan: Plan
+) -> torch.Tensor:
     """Logits (n, V), which it overwrites -> their gradient (n, V) in the same dtype."""
     c = capped(z, plan)
     d = (c.to(plan.loss_dtype) - lse[:, None]).exp_().mul_(mass[:, None])
@@ -417,7 +438,7 @@ def gradient_kernel(
 
 
 @functools.cache
-def kernels():
+def kernels() -> tuple[KernelInterface, KernelInterface]:
     """(loss_kernel, gradient_kernel) for Triton; what they call becomes Triton's, too."""
     global tl, distance
     import triton
@@ -426,7 +447,9 @@ def kernels():
     return triton.jit(loss_kernel), triton.jit(gradient_kernel)
 
 
-def launch_options(z, labels, plan):
+def launch_options(
+    z: torch.Tensor, labels: torch.Tensor, plan: Plan
+) -> tuple[tuple[float, float, float], dict[str, int]]:
     """((cap, slope, bias) of the kernels, their constants)."""
     classes = z.size(1)
     block = tiles.best("cross_entropy", z.device, z.dtype, (classes,), DEFAULT)
@@ -438,13 +461,19 @@ def launch_options(z, labels, plan):
     return (cap, slope, plan.shift / plan.divisor), constants
 
 
-def launch_loss(z, labels, shares, losses, lse, plan):
+def launch_loss(
+    z: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, losses: torch.Tensor, lse: torch.Tensor,
+    plan: Plan
+) -> None:
     """Write losses and log-sum-exps (n,) of the logits z (n, V); labels (n, K), -1: no target."""
     numbers, constants = launch_options(z, labels, plan)
     kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), *numbers, **constants)
 
 
-def launch_gradient(z, labels, shares, mass, g, lse, plan):
+def launch_gradient(
+    z: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, mass: torch.Tensor, g: torch.Tensor,
+    lse: torch.Tensor, plan: Plan
+) -> torch.Tensor:
     """The logits' gradient: in z itself, or with FP8 in a buffer of bytes."""
     numbers, constants = launch_options(z, labels, plan)
     out = torch.empty(z.shape, dtype=GRADIENT8, device=z.device) if plan.scales else z
@@ -456,7 +485,7 @@ def launch_gradient(z, labels, shares, mass, g, lse, plan):
 
 # ----- choosing a backend -----------------------------------------------------------------------------------
 
-def choose(requested, device, plan):
+def choose(requested: str, device: torch.device, plan: Plan) -> str:
     """Name of the backend that runs. ValueError, one line, if the requested one cannot."""
     if requested not in ("auto", *BACKENDS):
         raise ValueError(f"no cross entropy backend {requested!r}: auto, {', '.join(BACKENDS)}")
@@ -466,7 +495,7 @@ def choose(requested, device, plan):
     return "torch" if requested == "torch" or why else "triton"
 
 
-def refusal(device, plan):
+def refusal(device: torch.device, plan: Plan) -> str | None:
     """Why the Triton kernels cannot do it (the rest of a sentence), or None."""
     why = missing(device)
     if why is not None:
@@ -499,14 +528,19 @@ backward_op = torch.library.custom_op(
 
 
 @forward_op.register_fake
-def forward_shapes(a, b, labels, shares, *plan):
+def forward_shapes(
+    a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, *plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `forward`, for torch.compile."""
     losses = a.new_empty(len(a), dtype=Plan(*plan).loss_dtype)
     return losses, torch.empty_like(losses)
 
 
 @backward_op.register_fake
-def backward_shapes(a, b, labels, shares, mass, lse, g, *plan):
+def backward_shapes(
+    a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, mass: torch.Tensor,
+    lse: torch.Tensor, g: torch.Tensor, *plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `backward`, for torch.compile."""
     dtype = Plan(*plan).dtype
     return a.new_empty(a.shape, dtype=dtype), b.new_empty(

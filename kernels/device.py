@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 
@@ -15,12 +16,12 @@ FP8_SINCE = 89  # compute capability from which a GPU multiplies 8-bit floats
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the matrix products
 
 
-def capability(device):
+def capability(device: torch.device) -> int | None:
     """80 for compute capability 8.0, and so on; None if it is no GPU."""
     return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
 
 
-def triton_version():
+def triton_version() -> str | None:
     """Of the installed package, not imported; None without one."""
     try:
         return importlib.metadata.version("triton")
@@ -28,7 +29,7 @@ def triton_version():
         return None
 
 
-def c_compiler():
+def c_compiler() -> str | None:
     """What Triton calls to build its launchers: $CC, gcc or clang; None if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
@@ -41,7 +42,7 @@ HAS_C_COMPILER = c_compiler() is not None
 LAUNCHES_ON_META = False  # set while bench/aot.py records what a kernel would be launched with
 
 
-def operator(function, op, x):
+def operator(function: Callable, op: Callable, x: torch.Tensor) -> Callable:
     """`op`, the custom operator, while torch.compile traces or if x has no values; otherwise `function`.
 
     On tensors without values (device meta) an operator gives shapes, so system/memory.py counts what a kernel
@@ -50,7 +51,7 @@ def operator(function, op, x):
     return op if torch.compiler.is_compiling() or (x.is_meta and not LAUNCHES_ON_META) else function
 
 
-def missing(device):
+def missing(device: torch.device) -> str | None:
     """Why no Triton kernel can run on a device (the rest of a sentence), or None; meta runs none."""
     if device.type == "meta":
         return None
@@ -63,7 +64,7 @@ def missing(device):
     return None
 
 
-def refusal(device, dtype, least=80):
+def refusal(device: torch.device, dtype: torch.dtype, least: int = 80) -> str | None:
     """Why a Triton matrix product in dtype cannot run on a device (the rest of a sentence), or None.
 
     least: compute capability that it needs; FP8_SINCE for FP8.

@@ -72,7 +72,7 @@ class Rotate(Function):
         return turned(g, cos, -sin), None, None
 
 
-def turned(x, cos, sin):
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (R, T, H, K) with its pairs turned. The tables are spread over the heads, so that a token is one
     stretch of memory."""
     tokens, heads, width = x.shape[1:]

@@ -44,7 +44,9 @@ class Plan(NamedTuple):
     owner: torch.Tensor | None  # (P / BLOCK,) the expert of each block (padded)
 
 
-def choose(requested, device, dtype, widths, compiled):
+def choose(
+    requested: str, device: torch.device | str, dtype: torch.dtype, widths: tuple[int, int], compiled: bool
+) -> str:
     """Name of the backend that runs. ValueError, one line, if the requested one cannot.
 
     widths: sizes of the weights' two dimensions.
@@ -55,7 +57,7 @@ def choose(requested, device, dtype, widths, compiled):
     return "padded" if requested == "padded" or why else "grouped"
 
 
-def refusal(device, dtype, widths, compiled):
+def refusal(device: torch.device, dtype: torch.dtype, widths: tuple[int, int], compiled: bool) -> str | None:
     """Why torch's grouped_mm cannot do it (the rest of a sentence), or None."""
     if dtype == torch.float64:
         return "has no float64"
@@ -69,7 +71,7 @@ def refusal(device, dtype, widths, compiled):
     return None
 
 
-def plan(index, experts, backend):
+def plan(index: torch.Tensor, experts: int, backend: str) -> Plan:
     """index: (N, k) int64, values below `experts`. Rows of one expert keep the order of their tokens."""
     flat, k = index.flatten(), index.size(1)
     order = flat.argsort(stable=True)
@@ -111,7 +113,7 @@ class Gather(torch.autograd.Function):
         return g.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1), None, None
 
 
-def gather(x, p):
+def gather(x: torch.Tensor, p: Plan) -> torch.Tensor:
     """x (N, D) -> (P, D)."""
     return Gather.apply(x, p.source, p.places)
 
@@ -135,12 +137,12 @@ class Combine(torch.autograd.Function):
         return g.index_select(0, source) * gate[:, None], (mine * g[:, None]).sum(-1), None, None, None, None
 
 
-def combine(rows, gates, p):
+def combine(rows: torch.Tensor, gates: torch.Tensor, p: Plan) -> torch.Tensor:
     """rows (P, D), gates (N, k) in one dtype -> (N, D)."""
     return Combine.apply(rows, gates, p.source, p.places, p.choices, p.real)
 
 
-def grouped_linear(rows, weight, p):
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, p: Plan) -> torch.Tensor:
     """rows (P, in) times the weight of each row's expert: weight (E, out, in) -> (P, out)."""
     weight = weight.to(rows.dtype)
     if p.owner is None:
@@ -167,7 +169,7 @@ class Fake8(torch.autograd.Function):
         return g
 
 
-def fake_fp8(x):
+def fake_fp8(x: torch.Tensor) -> torch.Tensor:
     """x (..., n) rounded as in an FP8 product with row-wise scales, which _scaled_grouped_mm of torch has."""
     return Fake8.apply(x)
 
@@ -191,12 +193,12 @@ class Exchange(torch.autograd.Function):
         return out, None, None
 
 
-def exchange(x, received, sent):
+def exchange(x: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
     """All-to-all of rows: sends sent[i] rows of x, in order, to process i and gets received[i] from it."""
     return Exchange.apply(x, received, sent)
 
 
-def exchange_counts(counts, world):
+def exchange_counts(counts: torch.Tensor, world: int) -> torch.Tensor:
     """Exchange the numbers of rows before the rows.
 
     counts: (E,), this process's rows for each expert. Returns (world, E / world): for each process, its rows

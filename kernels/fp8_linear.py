@@ -17,7 +17,7 @@ from kernels.transpose import transpose_copy
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
-def quantise(x, scale, dtype):
+def quantise(x: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x * scale, clamped and cast to an 8-bit dtype, in which it stays unless `kept_in_bfloat16`."""
     x = (x.float() * scale).clamp(-LARGEST[dtype], LARGEST[dtype])
     if not kept_in_bfloat16(x):
@@ -25,12 +25,12 @@ def quantise(x, scale, dtype):
     return operator(round8, round8_op, x)(x, dtype)
 
 
-def has_fp8_units(x):
+def has_fp8_units(x: torch.Tensor) -> bool:
     """Whether x is on a GPU whose tensor cores multiply FP8 (compute capability 8.9 or higher)."""
     return x.is_cuda and capability(x.device) >= FP8_SINCE
 
 
-def kept_in_bfloat16(x):
+def kept_in_bfloat16(x: torch.Tensor) -> bool:
     """Whether x is on a GPU without FP8 units.
 
     There Triton, and so the compiler of torch 2.11, cannot even cast to e4m3.
@@ -38,7 +38,7 @@ def kept_in_bfloat16(x):
     return x.is_cuda and not has_fp8_units(x)
 
 
-def round8(x, dtype):
+def round8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x rounded to what an 8-bit dtype can hold, in bfloat16."""
     return x.to(dtype).to(torch.bfloat16)
 
@@ -49,19 +49,19 @@ round8_op = torch.library.custom_op(
 
 
 @round8_op.register_fake
-def round8_shape(x, dtype):
+def round8_shape(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Shape and dtype of `round8`, for torch.compile."""
     return torch.empty_like(x, dtype=torch.bfloat16)
 
 
-def row_major(x, transpose):
+def row_major(x: torch.Tensor, transpose: str) -> torch.Tensor:
     """x (M, N) itself if it is contiguous, otherwise a copy by torch or by the Triton kernel (`in_tiles`)."""
     if x.is_contiguous():
         return x
     return transpose_copy(x.t()) if in_tiles(transpose, x.device) else x.contiguous()
 
 
-def in_tiles(transpose, device):
+def in_tiles(transpose: str, device: torch.device) -> bool:
     """Whether the Triton kernel makes transposed copies on this device.
 
     transpose: torch, triton, or auto (triton on a GPU that has it). Inductor would fuse the copy of 8-bit
@@ -73,7 +73,10 @@ def in_tiles(transpose, device):
     )
 
 
-def product(a, b, unscale, dtype, fast, transpose="torch"):
+def product(
+    a: torch.Tensor, b: torch.Tensor, unscale: float | torch.Tensor, dtype: torch.dtype, fast: bool,
+    transpose: str = "torch"
+) -> torch.Tensor:
     """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype; e4m3 is rounded once, and clamped.
 
     unscale: a number, or float32 (G,): one for each of G equal parts of a's rows. fast: the GPU may
@@ -100,7 +103,7 @@ def product(a, b, unscale, dtype, fast, transpose="torch"):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def widened(a, b):
+def widened(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in float32, for operands of 8-bit values."""
     if not kept_in_bfloat16(a):
         return a.float() @ b.float()
@@ -137,8 +140,9 @@ class FP8Linear(torch.autograd.Function):
 
 
 def fp8_linear(
-    x, w, sx, sw, sg, transpose="torch", gradient8=torch.float8_e5m2, rounds_result=False
-):
+    x: torch.Tensor, w: torch.Tensor, sx: float, sw: float | torch.Tensor, sg: float,
+    transpose: str = "torch", gradient8: torch.dtype = torch.float8_e5m2, rounds_result: bool = False
+) -> torch.Tensor:
     """x (..., in), w (out, in) -> x W^T (..., out) in x's dtype, with FP8 products.
 
     sx, sw, sg: factors of x, w and the gradient before the cast; sw may be a tensor (1,), float32.

@@ -33,7 +33,10 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LEAST = 1e-12  # that a largest value counts as
 
 
-def fp8_mlp(x, up, down, parts, scales=None, fused=False):
+def fp8_mlp(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, parts: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None, fused: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The MLP y = relu(x U^T)^2 D^T with FP8 products.
 
     Args:
@@ -49,7 +52,10 @@ def fp8_mlp(x, up, down, parts, scales=None, fused=False):
     return FP8MLP.apply(x, up, down, parts, p, d, fused)
 
 
-def forward_reference(x8, up8, unscale, factor, dtype):
+def forward_reference(
+    x8: torch.Tensor, up8: torch.Tensor, unscale: torch.Tensor, factor: torch.Tensor | None,
+    dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What linear_relu_sq.fp8_linear_relu_sq computes, in torch."""
     p = F.relu(product(x8, up8.t(), unscale, dtype, fast=True)).square()
     if factor is None:
@@ -58,21 +64,21 @@ def forward_reference(x8, up8, unscale, factor, dtype):
     return p, quantise(split, factor[:, None, None], E4M3).flatten(0, 1), split.amax((1, 2)).float()
 
 
-def gradient_reference(g, weight, p):
+def gradient_reference(g: torch.Tensor, weight: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """g (N, out), weight (hidden, out), p (N, hidden) -> 2 (g W^T) sqrt(p) (N, hidden) in g's dtype."""
     d = F.linear(g, weight)
     wide = torch.promote_types(d.dtype, torch.float32)
     return (2.0 * d.to(wide) * p.to(wide).sqrt()).to(d.dtype)
 
 
-def narrowed_rows(x, parts):
+def narrowed_rows(x: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, in) -> (x in e4m3, scale of each part (parts,) float32)."""
     split = x.unflatten(0, (parts, -1))
     scale = split.abs().amax((1, 2)).float().clamp(min=LEAST) / LARGEST[E4M3]
     return quantise(split, 1 / scale[:, None, None], E4M3).flatten(0, 1), scale
 
 
-def narrowed_weight(w):
+def narrowed_weight(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """w -> (w in e4m3, scale () float32); scale and quotient are rounded to w's dtype before the cast."""
     scale = w.abs().amax().clamp(min=LEAST) / LARGEST[E4M3]
     return quantise(w / scale, 1.0, E4M3), scale.float()
@@ -120,7 +126,7 @@ class Scales(NamedTuple):
     format: torch.dtype = E5M2  # of both gradients
 
 
-def copied(x):
+def copied(x: torch.Tensor) -> torch.Tensor:
     """A copy of x."""
     return x.clone()
 
@@ -131,12 +137,12 @@ copied_op = torch.library.custom_op(
 
 
 @copied_op.register_fake
-def copied_shape(x):
+def copied_shape(x: torch.Tensor) -> torch.Tensor:
     """Shape and dtype of `copied`, for torch.compile."""
     return torch.empty_like(x)
 
 
-def front(ring, parts):
+def front(ring: torch.Tensor, parts: int) -> torch.Tensor:
     """The first scales of a ring, as they are now.
 
     The backward pass needs them after the ring has moved. An operation of its own, because torch.compile
@@ -145,7 +151,10 @@ def front(ring, parts):
     return operator(copied, copied_op, ring)(ring[:parts])
 
 
-def fp8_mlp_both(x, up, down, scales, probe, fused=False, transpose="torch"):
+def fp8_mlp_both(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scales: Scales, probe: torch.Tensor,
+    fused: bool = False, transpose: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The MLP y = relu(x U^T)^2 D^T with FP8 products in both passes.
 
     Args:
@@ -161,17 +170,17 @@ def fp8_mlp_both(x, up, down, scales, probe, fused=False, transpose="torch"):
     return FP8MLPBoth.apply(x, up, down, *scales, probe, fused, transpose)
 
 
-def scaled_rows(x, scale, dtype):
+def scaled_rows(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x (N, in), divided by the scale (parts,) of its part, in an 8-bit dtype."""
     return quantise(x.unflatten(0, (len(scale), -1)), 1 / scale[:, None, None], dtype).flatten(0, 1)
 
 
-def largest_of_parts(x, parts):
+def largest_of_parts(x: torch.Tensor, parts: int) -> torch.Tensor:
     """Largest |x| of each part of x (N, in), (parts,) float32."""
     return x.unflatten(0, (parts, -1)).abs().amax((1, 2)).float()
 
 
-def product_over_rows(a, b, scales, transpose):
+def product_over_rows(a: torch.Tensor, b: torch.Tensor, scales: torch.Tensor, transpose: str) -> torch.Tensor:
     """sum over parts of scale a_i^T b_i, of 8-bit a (N, m) and b (N, n), in float32. scales: (parts,)."""
     parts = zip(a.chunk(len(scales)), b.chunk(len(scales)), scales.split(1))
     return sum(

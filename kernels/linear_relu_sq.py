@@ -19,13 +19,16 @@ as torch does, and can also write P in e4m3 and the maxima for the next scale (r
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from kernels import tiles
 from kernels.device import FP8_SINCE, capability, operator, refusal
+
+if TYPE_CHECKING:
+    from triton.runtime import KernelInterface
 
 GROUP = 8  # tiles of rows that are done together, so that their weights are still in the L2 cache
 BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one load of 16 bytes in 16 bits
@@ -52,19 +55,19 @@ NARROW = torch.float8_e4m3fn  # dtype of the second, 8-bit copy of P
 
 # ----- reference --------------------------------------------------------------------------------------------
 
-def linear_relu_sq_reference(x, weight):
+def linear_relu_sq_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out)."""
     return F.relu(F.linear(x, weight.to(x.dtype))).square()
 
 
-def mlp_relu_sq_reference(x, up, down):
+def mlp_relu_sq_reference(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """x (..., in), up (hidden, in), down (out, hidden) -> relu(x U^T)^2 D^T (..., out)."""
     return F.linear(linear_relu_sq_reference(x, up), down.to(x.dtype))
 
 
 # ----- Triton -----------------------------------------------------------------------------------------------
 
-def linear_relu_sq(x, weight):
+def linear_relu_sq(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out) in x's dtype.
 
     ValueError for another dtype or device.
@@ -73,7 +76,7 @@ def linear_relu_sq(x, weight):
     return LinearReluSq.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
 
 
-def mlp_relu_sq(x, up, down):
+def mlp_relu_sq(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """x (..., in), up (hidden, in), down (out, hidden) -> relu(x U^T)^2 D^T (..., out) in x's dtype."""
     check(x, up)
     if down.size(1) != up.size(0):
@@ -83,7 +86,7 @@ def mlp_relu_sq(x, up, down):
     return MLPReluSq.apply(x.flatten(0, -2), up.to(x.dtype), down.to(x.dtype)).unflatten(0, x.shape[:-1])
 
 
-def check(x, weight):
+def check(x: torch.Tensor, weight: torch.Tensor) -> None:
     """ValueError if the Triton kernel cannot run on x's device or dtype, or if the shapes do not fit."""
     why = refusal(x.device, x.dtype)
     if why:
@@ -196,7 +199,7 @@ def gradient_kernel(g, p, out, count, BLOCK: tl.constexpr):
 
 
 @functools.cache
-def kernels():
+def kernels() -> tuple[KernelInterface, KernelInterface]:
     """(linear_kernel, gradient_kernel) for Triton."""
     global tl
     import triton
@@ -204,19 +207,21 @@ def kernels():
     return triton.jit(linear_kernel), triton.jit(gradient_kernel)
 
 
-def default_tile(x):
+def default_tile(x: torch.Tensor) -> Tile:
     """The tile without tuning, by dtype and compute capability."""
     return FLOAT32 if x.dtype == torch.float32 else TILES.get(capability(x.device), TILES["default"])
 
 
-def launch(x, weight, p, out, backward):
+def launch(
+    x: torch.Tensor, weight: torch.Tensor, p: torch.Tensor, out: torch.Tensor, backward: bool
+) -> torch.Tensor:
     """Run linear_kernel with the tuned tile and return `out`."""
     n, tile = x.size(0), tiles.best("linear_relu_sq", x.device, x.dtype, tuple(weight.shape), default_tile(x))
     start(tile, x, weight, p, out, out, out, out, out, n, BACKWARD=backward, FP8=False, WRITE_NARROW=False)
     return out
 
 
-def start(tile, x, weight, *rest, **modes):
+def start(tile: Tile, x: torch.Tensor, weight: torch.Tensor, *rest, **modes) -> None:
     """Launch linear_kernel on all tiles. rest: its arguments from p to part."""
     (n, d), f = x.shape, weight.size(0)
     kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
@@ -239,13 +244,16 @@ def start(tile, x, weight, *rest, **modes):
     )
 
 
-def forward(x, weight):
+def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (N, in), weight (out, in) -> relu(x W^T)^2 (N, out)."""
     p = torch.empty(x.size(0), weight.size(0), dtype=x.dtype, device=x.device)
     return launch(x, weight, p, p, False)
 
 
-def fp8_linear_relu_sq(x, weight, unscale, factor, dtype):
+def fp8_linear_relu_sq(
+    x: torch.Tensor, weight: torch.Tensor, unscale: torch.Tensor, factor: torch.Tensor | None,
+    dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """FP8 product with relu^2. The rows come in G equal parts.
 
     Args:
@@ -273,12 +281,12 @@ def fp8_linear_relu_sq(x, weight, unscale, factor, dtype):
     return p, narrow, largest.unflatten(1, (groups, -1)).amax((0, 2)) if many[0] else largest.new_empty(0)
 
 
-def product_gradient(g, weight, p):
+def product_gradient(g: torch.Tensor, weight: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """g (N, out), weight (hidden, out), p (N, hidden) -> 2 (g W^T) sqrt(p) (N, hidden)."""
     return launch(g, weight, p, torch.empty_like(p), True)
 
 
-def gradient(g, p):
+def gradient(g: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """g and p (N, out) -> 2 g sqrt(p)."""
     g, out = g.contiguous(), torch.empty_like(p)
     kernels()[1][(-(-p.numel() // BLOCK),)](g, p, out, p.numel(), BLOCK=BLOCK, num_warps=WARPS)
@@ -302,13 +310,16 @@ gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mu
 
 
 @forward_op.register_fake
-def forward_shape(x, weight):
+def forward_shape(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Shape and dtype of `forward`, for torch.compile."""
     return x.new_empty(x.size(0), weight.size(0))
 
 
 @fp8_forward_op.register_fake
-def fp8_forward_shapes(x, weight, unscale, factor, dtype):
+def fp8_forward_shapes(
+    x: torch.Tensor, weight: torch.Tensor, unscale: torch.Tensor, factor: torch.Tensor | None,
+    dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `fp8_linear_relu_sq`, for torch.compile."""
     (n, f), groups = (x.size(0), weight.size(0)), len(unscale)
     p = x.new_empty(n, f, dtype=dtype)
@@ -318,12 +329,12 @@ def fp8_forward_shapes(x, weight, unscale, factor, dtype):
 
 
 @product_gradient_op.register_fake
-def product_gradient_shape(g, weight, p):
+def product_gradient_shape(g: torch.Tensor, weight: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Shape and dtype of `product_gradient`, for torch.compile."""
     return torch.empty_like(p)
 
 
 @gradient_op.register_fake
-def gradient_shape(g, p):
+def gradient_shape(g: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Shape and dtype of `gradient`, for torch.compile."""
     return torch.empty_like(p)

@@ -34,13 +34,16 @@ Triton is imported when first used.
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from kernels import tiles
 from kernels.device import DTYPES, operator, refusal
+
+if TYPE_CHECKING:
+    from triton.runtime import KernelInterface
 
 ORDERS = (None, "before_rope", "after_rope")
 
@@ -58,8 +61,9 @@ DEFAULT = Tile(2048, 4)
 # ----- reference --------------------------------------------------------------------------------------------
 
 def qk_rotary_reference(
-    q, k, cos, sin, *, order, eps, offset=0, norm_dtype=torch.float32, math_dtype=torch.float32
-):
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, order: str | None, eps: float,
+    offset: int = 0, norm_dtype: torch.dtype = torch.float32, math_dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype.
 
     norm_dtype: dtype of the norm. math_dtype: least dtype of the rotation, which uses the widest of this,
@@ -79,7 +83,7 @@ def qk_rotary_reference(
     return q, offset_keys(k, offset)
 
 
-def offset_keys(k, offset, adjacent=False):
+def offset_keys(k: torch.Tensor, offset: int, adjacent: bool = False) -> torch.Tensor:
     """Keys (R, T, H, K) whose last `offset` channel pairs are those of the previous token in the row.
 
     The first token of a row keeps its own. adjacent: pairs (2j, 2j + 1) in place of (j, j + K/2).
@@ -93,7 +97,10 @@ def offset_keys(k, offset, adjacent=False):
 
 # ----- Triton -----------------------------------------------------------------------------------------------
 
-def qk_rotary(q, k, cos, sin, *, order, eps, offset=0):
+def qk_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, order: str | None, eps: float,
+    offset: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k (R, T, H, K) in any strides, cos, sin (T, K/2) -> q, k, contiguous, in their dtype.
 
     order: None, before_rope or after_rope. offset: pairs of a key that come from the previous token. The
@@ -103,7 +110,9 @@ def qk_rotary(q, k, cos, sin, *, order, eps, offset=0):
     return QKRotary.apply(q, k, cos, sin, order, eps, offset)
 
 
-def qkv_rotary(qkv, cos, sin, *, order, eps, offset=0):
+def qkv_rotary(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, order: str | None, eps: float, offset: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As qk_rotary, for qkv (R, T, 3, H, K) -> q, k, v. v is a view of qkv and must not be written to."""
     if qkv.dim() != 5 or qkv.size(2) != 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: want (rows, tokens, 3, heads, width)")
@@ -112,7 +121,9 @@ def qkv_rotary(qkv, cos, sin, *, order, eps, offset=0):
     return QKVRotary.apply(qkv, cos, sin, order, eps, offset)
 
 
-def check(q, k, cos, sin, order, offset):
+def check(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, order: str | None, offset: int
+) -> None:
     """ValueError if the Triton kernel cannot run on q's device or dtype, or if the arguments do not fit."""
     why = refusal(q.device, q.dtype)
     if why:
@@ -290,7 +301,7 @@ def gradient_kernel(
 
 
 @functools.cache
-def kernels():
+def kernels() -> tuple[KernelInterface, KernelInterface]:
     """(forward_kernel, gradient_kernel) for Triton; what they call becomes Triton's, too."""
     global tl, load, store, scale_of, placed, unplaced
     import triton
@@ -299,7 +310,7 @@ def kernels():
     return triton.jit(forward_kernel), triton.jit(gradient_kernel)
 
 
-def launch_options(q, order, offset):
+def launch_options(q: torch.Tensor, order: str | None, offset: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and constants for q (R, T, H, K)."""
     width = q.size(-1) // 2
     columns = 1 << (width - 1).bit_length()
@@ -311,7 +322,10 @@ def launch_options(q, order, offset):
     }
 
 
-def forward(q, k, cos, sin, order, eps, offset):
+def forward(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, order: str | None, eps: float,
+    offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k (R, T, H, K) -> the same placed, contiguous."""
     out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     grid, constants = launch_options(q, order, offset)
@@ -322,7 +336,11 @@ def forward(q, k, cos, sin, order, eps, offset):
     return tuple(out)
 
 
-def launch_gradient(q, k, v, cos, sin, gq, gk, out, order, eps, offset):
+def launch_gradient(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+    gq: torch.Tensor, gk: torch.Tensor, out: tuple[torch.Tensor, ...], order: str | None, eps: float,
+    offset: int
+) -> None:
     """Run the gradient kernel.
 
     v: gradient of the values, to be copied, or None. out: dq, dk and dv, which have equal strides.
@@ -336,14 +354,20 @@ def launch_gradient(q, k, v, cos, sin, gq, gk, out, order, eps, offset):
     )
 
 
-def gradient(q, k, cos, sin, gq, gk, order, eps, offset):
+def gradient(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, gq: torch.Tensor,
+    gk: torch.Tensor, order: str | None, eps: float, offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients gq, gk of the results -> dq, dk (R, T, H, K)."""
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     launch_gradient(q, k, None, cos, sin, gq, gk, (dq, dk, dq), order, eps, offset)
     return dq, dk
 
 
-def joint_gradient(qkv, cos, sin, gq, gk, gv, order, eps, offset):
+def joint_gradient(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, gq: torch.Tensor, gk: torch.Tensor,
+    gv: torch.Tensor, order: str | None, eps: float, offset: int
+) -> torch.Tensor:
     """Gradients of the three results -> dqkv (R, T, 3, H, K)."""
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, _ = qkv.unbind(2)
@@ -368,18 +392,27 @@ joint_gradient_op = torch.library.custom_op(
 
 
 @forward_op.register_fake
-def forward_shapes(q, k, cos, sin, order, eps, offset):
+def forward_shapes(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, order: str | None, eps: float,
+    offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `forward`, for torch.compile."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @gradient_op.register_fake
-def gradient_shapes(q, k, cos, sin, gq, gk, order, eps, offset):
+def gradient_shapes(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, gq: torch.Tensor,
+    gk: torch.Tensor, order: str | None, eps: float, offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Shapes and dtypes of `gradient`, for torch.compile."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @joint_gradient_op.register_fake
-def joint_gradient_shape(qkv, cos, sin, gq, gk, gv, order, eps, offset):
+def joint_gradient_shape(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, gq: torch.Tensor, gk: torch.Tensor,
+    gv: torch.Tensor, order: str | None, eps: float, offset: int
+) -> torch.Tensor:
     """Shape and dtype of `joint_gradient`, for torch.compile."""
     return qkv.new_empty(qkv.shape)

@@ -13,12 +13,15 @@ from __future__ import annotations  # the kernel is annotated with tl.constexpr,
 
 import functools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kernels import tiles
 from kernels.device import capability, operator, refusal
+
+if TYPE_CHECKING:
+    from triton.runtime import KernelInterface
 
 
 class Tile(NamedTuple):
@@ -42,23 +45,23 @@ TINY = Tile(32, 32, 4, 3)  # the gates' 6 x 12: their rows are read element by e
 
 # ----- reference --------------------------------------------------------------------------------------------
 
-def gram_reference(x):
+def gram_reference(x: torch.Tensor) -> torch.Tensor:
     """x (..., m, k) -> X X^T (..., m, m)."""
     return x @ x.mT
 
 
-def gram_t_reference(x):
+def gram_t_reference(x: torch.Tensor) -> torch.Tensor:
     """x (..., m, k) -> X^T X (..., k, k)."""
     return x.mT @ x
 
 
-def quadratic_reference(a, b, c):
+def quadratic_reference(a: torch.Tensor, b: float, c: float) -> torch.Tensor:
     """a (..., m, m) -> b A + c A A, rounded once."""
     flat = batch(a)
     return torch.baddbmm(flat, flat, flat, beta=b, alpha=c).view(a.shape)
 
 
-def step_reference(x, a, b, c):
+def step_reference(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
     """x (..., m, k) -> a X + (b A + c A A) X with A = X X^T.
 
     For m > k it is computed as a X + X (b A + c A A) with A = X^T X. The last product and its sum with a X
@@ -72,7 +75,7 @@ def step_reference(x, a, b, c):
 
 # ----- Triton -----------------------------------------------------------------------------------------------
 
-def gram(x):
+def gram(x: torch.Tensor) -> torch.Tensor:
     """x (..., m, k) -> X X^T (..., m, m), contiguous, in x's dtype.
 
     ValueError for an unsupported dtype or device.
@@ -80,12 +83,12 @@ def gram(x):
     return operator(product, product_op, x)(x, 0.0, 1.0, False)
 
 
-def gram_t(x):
+def gram_t(x: torch.Tensor) -> torch.Tensor:
     """x (..., m, k) -> X^T X (..., k, k), contiguous, in x's dtype."""
     return gram(x.mT)
 
 
-def quadratic(a, b, c):
+def quadratic(a: torch.Tensor, b: float, c: float) -> torch.Tensor:
     """a (..., m, m) -> b A + c A A, for floats b and c.
 
     A must be symmetric. This is not checked: otherwise the result is the mirrored b A + c A A^T.
@@ -95,7 +98,7 @@ def quadratic(a, b, c):
     return operator(product, product_op, a)(a, float(b), float(c), True)
 
 
-def step(x, a, b, c):
+def step(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
     """x (..., m, k), floats a, b and c -> a X + (b A + c A A) X, as step_reference.
 
     torch computes the last product.
@@ -106,7 +109,7 @@ def step(x, a, b, c):
     return torch.baddbmm(flat, flat if tall else inner, inner if tall else flat, beta=a).view(x.shape)
 
 
-def batch(x):
+def batch(x: torch.Tensor) -> torch.Tensor:
     """(..., m, k) -> (N, m, k), without a copy where there is at most one dimension before these two."""
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
@@ -155,7 +158,7 @@ def symmetric_kernel(
 
 
 @functools.cache
-def kernel():
+def kernel() -> KernelInterface:
     """symmetric_kernel for Triton."""
     global tl
     import triton
@@ -163,7 +166,7 @@ def kernel():
     return triton.jit(symmetric_kernel)
 
 
-def default_tile(x):
+def default_tile(x: torch.Tensor) -> Tile:
     """The tile without tuning, by matrix size, dtype and compute capability."""
     if x.size(-2) <= TINY.side:
         return TINY
@@ -171,7 +174,7 @@ def default_tile(x):
     return SMALL if small else TILES.get(capability(x.device), TILES["default"])
 
 
-def product(x, b, c, add):
+def product(x: torch.Tensor, b: float, c: float, add: bool) -> torch.Tensor:
     """x (..., m, k) -> c X X^T (+ b X) in (..., m, m)."""
     why = refusal(x.device, x.dtype)
     if why:
@@ -195,6 +198,6 @@ product_op = torch.library.custom_op("speedrun::symmetric_product", product, mut
 
 
 @product_op.register_fake
-def product_shape(x, b, c, add):
+def product_shape(x: torch.Tensor, b: float, c: float, add: bool) -> torch.Tensor:
     """Shape and dtype of `product`, for torch.compile."""
     return x.new_empty(*x.shape[:-1], x.size(-2))

@@ -8,7 +8,9 @@ import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,10 +18,14 @@ from common import files
 from common.errors import UserError
 from kernels.device import triton_version
 
+Tile = TypeVar("Tile", bound=tuple)  # each kernel has a NamedTuple of its own
+
 trial = {}  # {operation: tile} that is tried out just now
 
 
-def best(operation, device, dtype, sizes, default):
+def best(
+    operation: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...], default: Tile
+) -> Tile:
     """The tile of an operation for tensors of these sizes.
 
     default: the kernel's own tile, a NamedTuple; the result has the same type.
@@ -35,7 +41,7 @@ def best(operation, device, dtype, sizes, default):
 
 
 @contextlib.contextmanager
-def trying(operation, tile):
+def trying(operation: str, tile: tuple) -> Iterator[None]:
     """Inside, the operation uses this tile."""
     trial[operation] = tile
     try:
@@ -44,25 +50,25 @@ def trying(operation, tile):
         del trial[operation]
 
 
-def key(operation, dtype, sizes):
+def key(operation: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
     """The key of the table: operation, dtype and sizes."""
     return f"{operation} {str(dtype).removeprefix('torch.')} {' x '.join(map(str, sizes))}"
 
 
 @functools.cache
-def card(device):
+def card(device: torch.device) -> str:
     """The name of a card and of the Triton that compiles for it: another one of either has its own file."""
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
     return f"{name}-triton-{triton_version()}"
 
 
-def path(device):
+def path(device: torch.device) -> Path:
     """The file of the tuned tiles for this GPU."""
     return Path(files.default_cache()) / f"tiles-{card(device)}.json"
 
 
 @functools.cache
-def table(file):
+def table(file: Path) -> dict[str, dict]:
     """{key: {"tile": [numbers], "ms": .., "default_ms": ..}}. UserError if the file is broken."""
     if not file.exists():
         return {}
@@ -77,7 +83,7 @@ def table(file):
         ) from None
 
 
-def save(file, tiles):
+def save(file: Path, tiles: dict[str, dict]) -> None:
     """Write tiles next to those of other operations that the file holds already."""
     files.write(file, files.json_text({"tiles": {**table(file), **tiles}}, indent=1) + "\n", parents=True)
     table.cache_clear()

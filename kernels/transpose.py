@@ -10,10 +10,14 @@ first used.
 from __future__ import annotations  # the kernel is annotated with tl.constexpr, and tl comes later
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.device import operator, refusal
+
+if TYPE_CHECKING:
+    from triton.runtime import KernelInterface
 
 ROWS, COLUMNS, WARPS = 64, 128, 8  # of a tile of x: 32 elements a thread. Not tuned on a GPU yet
 
@@ -22,14 +26,14 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # bytes are copied as in
 
 # ----- reference --------------------------------------------------------------------------------------------
 
-def transpose_copy_reference(x):
+def transpose_copy_reference(x: torch.Tensor) -> torch.Tensor:
     """x (M, N) -> x^T (N, M), contiguous: a copy even where x's columns are contiguous."""
     return x.t().clone(memory_format=torch.contiguous_format)
 
 
 # ----- Triton -----------------------------------------------------------------------------------------------
 
-def transpose_copy(x):
+def transpose_copy(x: torch.Tensor) -> torch.Tensor:
     """x (M, N) with elements of 1, 2 or 4 bytes -> x^T (N, M), contiguous.
 
     ValueError for another shape, element size or device.
@@ -40,7 +44,7 @@ def transpose_copy(x):
     return operator(copy, copy_op, x)(x)
 
 
-def check(x):
+def check(x: torch.Tensor) -> None:
     """ValueError if the Triton kernel cannot run on this tensor: device, shape or gradient."""
     why = refusal(x.device, torch.float32)
     if why:
@@ -65,7 +69,7 @@ def copy_kernel(x, out, m, n, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @functools.cache
-def kernel():
+def kernel() -> KernelInterface:
     """copy_kernel for Triton."""
     global tl
     import triton
@@ -73,7 +77,7 @@ def kernel():
     return triton.jit(copy_kernel)
 
 
-def copy(x):
+def copy(x: torch.Tensor) -> torch.Tensor:
     """The contiguous transpose (n, m) of x (m, n)."""
     (m, n), bits = x.shape, BITS[x.element_size()]
     out = torch.empty(n, m, dtype=x.dtype, device=x.device)
@@ -91,6 +95,6 @@ copy_op = torch.library.custom_op(
 
 
 @copy_op.register_fake
-def copy_shape(x):
+def copy_shape(x: torch.Tensor) -> torch.Tensor:
     """Shape and dtype of `copy`, for torch.compile."""
     return x.new_empty(x.size(1), x.size(0))

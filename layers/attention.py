@@ -79,7 +79,7 @@ def cached_tokens(cache: list | None) -> int:
 class SALambdas(nn.Module):
     """Factors of W_qkv and of W_O, one of each per layer that has attention (records 47 and 48)."""
 
-    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]):
+    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]) -> None:
         super().__init__()
         a, n = s.model.attn.sa_lambdas, s.numerics
         layers = [i for i, spec in enumerate(specs) if spec.attn is not None]
@@ -96,7 +96,7 @@ class SALambdas(nn.Module):
 class FP8Projection:
     """The projections q, k and v in FP8 in both passes of training (settings.numerics.FP8QKV)."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings) -> None:
         f, self.transpose = s.numerics.fp8_qkv, s.system.kernels.transpose
         unit = gradient_unit(s.model.head.loss_reduction, 0)  # tokens do not count: no mean is taken
         self.x, self.grad = 1 / f.x, unit / f.grad
@@ -119,7 +119,7 @@ class Attention(nn.Module):
     in another way than v and o, or are narrower, there are three: qk (2, H K, D), v (D, D) and o (D, D).
     """
 
-    def __init__(self, s: Settings, spec: AttnSpec):
+    def __init__(self, s: Settings, spec: AttnSpec) -> None:
         super().__init__()
         d, n = s.model.model_dim, s.numerics
         qk, v = spec.qk_stored or spec.qk, spec.v_stored or spec.v

@@ -77,7 +77,7 @@ class Bigram(nn.Module):
     holds a share of the rows, and look-ups are collective.
     """
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         b, n = s.model.embed.bigram, s.numerics
         self.second_token, self.trigrams, self.dim = b.second_token, b.trigrams, s.model.model_dim

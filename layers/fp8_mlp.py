@@ -9,6 +9,7 @@ from torch import nn
 from kernels.fp8_linear import LARGEST
 from kernels.fp8_mlp import E4M3, E5M2, LEAST, Scales, fp8_mlp, fp8_mlp_both, front
 from layers.primitives import dtype, gradient_unit
+from settings import Settings
 from settings.data import LOGICAL_RANKS
 
 
@@ -34,7 +35,7 @@ class FP8MLP(nn.Module):
     gives the same value all step long, because weights change only in the update.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         self.delayed, self.both = s.numerics.fp8_mlp.c_proj, s.numerics.fp8_mlp.backward
         self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"

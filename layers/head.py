@@ -14,6 +14,7 @@ from kernels.rounding import RoundedSigmoid
 from layers.losses import in_candidates, plain_losses, weighted_losses
 from layers.primitives import bias_init, constant, dtype, gradient_unit, linear, linear_init, normal
 from layers.primitives import parameter, products_dtype, uniform
+from settings import Settings
 from settings.model import Softcap, padded_vocab
 
 MASKED = -60.0  # soft-capped logit of a token that cannot follow (record 91)
@@ -24,7 +25,7 @@ LARGEST_LOGITS = 2 ** 31  # most logits that validation on a GPU computes at onc
 class Head(nn.Module):
     """Stream (R, T, D) -> logits (R, T, V), soft-capped; cross entropy over all V classes."""
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         m, n = s.model, s.numerics
         self.weight = self.bias = None

@@ -30,7 +30,7 @@ class LatentAttention(Attention):
     which W_uk is applied to the query and W_uv after the softmax.
     """
 
-    def __init__(self, s: Settings, spec: AttnSpec):
+    def __init__(self, s: Settings, spec: AttnSpec) -> None:
         nn.Module.__init__(self)
         latent, d, n = s.model.attn.latent, s.model.model_dim, s.numerics
         self.qk_rope = spec.rotary.width

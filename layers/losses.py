@@ -80,13 +80,13 @@ class AtTargets(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(targets)
         ctx.classes = logits.size(-1)
         return logits.gather(-1, targets[..., None])[..., 0]
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g: torch.Tensor) -> tuple[torch.Tensor, None]:
         targets, = ctx.saved_tensors
         classes = torch.arange(ctx.classes, device=targets.device)
         return torch.where(classes == targets[..., None], g[..., None], 0.0), None

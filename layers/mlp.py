@@ -25,7 +25,7 @@ class MLP(nn.Module):
         "relu_sq": relu_sq, "swiglu": F.silu
     }
 
-    def __init__(self, s: Settings, hidden: int, c_fc_factor: float = 1.0):
+    def __init__(self, s: Settings, hidden: int, c_fc_factor: float = 1.0) -> None:
         """c_fc_factor: of the initial values of c_fc."""
         super().__init__()
         init = s.model.init

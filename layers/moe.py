@@ -11,7 +11,7 @@ from common.errors import UserError
 from kernels import experts
 from layers.mlp import MLP
 from layers.primitives import dtype, linear_init, normal, parameter, products_dtype
-from settings import check_processes
+from settings import Settings, check_processes
 from settings.data import LOGICAL_RANKS
 from updates import views
 from updates.views import Views
@@ -29,7 +29,7 @@ class Router(nn.Module):
     `validation_counts` the tokens per expert of a validation, both for the log alone.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         self.moe = moe = s.model.mlp.moe
         self.dtype = dtype(s.numerics.router)
@@ -192,7 +192,7 @@ class MoE(nn.Module):
     process holds a share of the experts, and processes exchange rows by all-to-all.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         moe, d, n = s.model.mlp.moe, s.model.model_dim, s.numerics
         self.router, self.num_experts = Router(s), moe.num_experts

@@ -17,7 +17,7 @@ class MTPModule(nn.Module):
     Embedding and head are shared with the model. Generation does not use the module.
     """
 
-    def __init__(self, s: Settings, block: nn.Module):
+    def __init__(self, s: Settings, block: nn.Module) -> None:
         """block: a dense block with attention, used by this module only."""
         super().__init__()
         d, n = s.model.model_dim, s.numerics

@@ -59,8 +59,10 @@ def values(numbers: Sequence[float]) -> Initialiser:
 
 
 def parameter(
-    shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views(), drawn_as=None
-):
+    shape: tuple[int, ...], dtype_name: str, *, role: str, init: Initialiser | None, label: str,
+    parts: Sequence[Initialiser] | None = None, first_part: int = 0, views: Views = Views(),
+    drawn_as: str | None = None
+) -> nn.Parameter:
     """A parameter with its initialiser, and its role and label for the optimizer.
 
     The values are left empty: GPT.initialise fills them.
@@ -113,7 +115,9 @@ def bias_init(s: Settings, fan_in: int, projection: bool) -> Initialiser:
 class Learned(nn.Module):
     """n learned scalars, stored in one vector (n,). A call returns them as n 0-d tensors."""
 
-    def __init__(self, n, value, dtype_name, sigmoid, label):
+    def __init__(
+        self, n: int, value: float | Sequence[float], dtype_name: str, sigmoid: bool, label: str
+    ) -> None:
         super().__init__()
         init = constant(value) if isinstance(value, (int, float)) else values(value)
         self.value = parameter((n,), dtype_name, role="scalar", label=label, init=init)
@@ -126,7 +130,7 @@ class Learned(nn.Module):
 class Constant(nn.Module):
     """n equal coefficients that are plain numbers: what Learned becomes when `learned` is off."""
 
-    def __init__(self, n, value):
+    def __init__(self, n: int, value: float | Sequence[float]) -> None:
         super().__init__()
         self.values = [value] * n if isinstance(value, (int, float)) else list(value)
 
@@ -134,7 +138,9 @@ class Constant(nn.Module):
         return self.values
 
 
-def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
+def coefficient(
+    n: int, value: float | Sequence[float], learned: bool, dtype_name: str, label: str, sigmoid: bool = False
+) -> Learned | Constant:
     """n coefficients that start at `value`, a number or one for each (before the sigmoid, if there is
     one)."""
     if learned:
@@ -148,7 +154,7 @@ class Norm(nn.Module):
     Computed in the dtype numerics.norm.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         n = s.numerics
         self.eps, self.dtype = n.norm_eps, dtype(n.norm)

@@ -136,7 +136,7 @@ def mudd_columns(s: Settings) -> tuple[list[Column], list[Column]]:
 class Residual(nn.Module):
     """The terms of the stream and their coefficients: numbers, learned scalars or networks."""
 
-    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]):
+    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]) -> None:
         super().__init__()
         m, r, n = s.model, s.model.residual, s.numerics
         self.settings, self.specs = s, specs
@@ -334,7 +334,7 @@ class Residual(nn.Module):
 class Stream:
     """The coefficients and saved tensors of one forward pass."""
 
-    def __init__(self, residual: Residual, coefs: dict, sources: dict[str, torch.Tensor | None]):
+    def __init__(self, residual: Residual, coefs: dict, sources: dict[str, torch.Tensor | None]) -> None:
         self.residual, self.coefs, self.sources, self.second = residual, coefs, sources, None
 
     def begin(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ class Rotary(nn.Module):
     first K/4 pairs, and 0 for the others. With YaRN the tables depend on the long window (RotaryTables).
     """
 
-    def __init__(self, s: Settings, spec: RotarySpec):
+    def __init__(self, s: Settings, spec: RotarySpec) -> None:
         super().__init__()
         n = s.numerics
         self.rope, self.width, self.turning, self.short = s.model.attn.rope, *spec
@@ -107,7 +107,7 @@ class RotaryTables:
     waiting for the GPU; tensors() returns tensors that share their memory.
     """
 
-    def __init__(self, s: Settings, specs: Sequence[LayerSpec], rotaries: Sequence[Rotary]):
+    def __init__(self, s: Settings, specs: Sequence[LayerSpec], rotaries: Sequence[Rotary]) -> None:
         self.specs, self.rotaries = specs, rotaries
         self.numbers = {(rotary.width, rotary.turning, rotary.short): i for i, rotary in enumerate(rotaries)}
         rope, window = s.model.attn.rope, s.model.attn.window

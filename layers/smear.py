@@ -22,7 +22,7 @@ class Smear(nn.Module):
     document gets a part of the last token of the previous document.
     """
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         smear, n = s.model.embed.smear, s.numerics
         self.lam = coefficient(1, smear.init, smear.learned, n.scalar, "smear_lambda")
@@ -47,7 +47,7 @@ class OutputSmear(nn.Module):
     The first token of a row keeps its x. Document boundaries are ignored.
     """
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         smear = s.model.head.smear
         self.lam = coefficient(1, smear.init, smear.learned, s.numerics.scalar, "smear_lambda")

@@ -25,8 +25,10 @@ class TokenNet(nn.Module):
     init. The exact GELU, with the error function.
     """
 
-    def __init__(self, columns: Sequence[Column], dim: int, hidden: int, scale: float, dtype_name: str,
-                 label: str, groups: int | None = None):
+    def __init__(
+        self, columns: Sequence[Column], dim: int, hidden: int, scale: float, dtype_name: str, label: str,
+        groups: int | None = None
+    ) -> None:
         """scale: constant factor of the outputs; the biases are stored without it. label: of the parameters.
         groups: each column gets a second coefficient per group of channels, from the same hidden values,
             which is added to the first (record 92); None: none.

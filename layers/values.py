@@ -1,6 +1,6 @@
 """Value residual and value embeddings: terms that are mixed into the values of attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,8 @@ from torch import nn
 
 from layers.primitives import coefficient, constant, dtype, linear, normal, parameter
 from layers.residual import Stream
-from layers.specs import num_value_tables
+from layers.specs import LayerSpec, num_value_tables
+from settings import Settings
 from settings.model import table_rows
 from updates import views
 
@@ -16,7 +17,7 @@ from updates import views
 class ValueResidual(nn.Module):
     """v <- (1 - lam) v + lam v1, v1 the values of block 0 (record 9)."""
 
-    def __init__(self, s):
+    def __init__(self, s: Settings) -> None:
         super().__init__()
         v = s.model.attn.value_residual
         self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
@@ -44,7 +45,7 @@ class ValueEmbed(nn.Module):
     gate.
     """
 
-    def __init__(self, s, specs):
+    def __init__(self, s: Settings, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
         e, n = s.model.attn.value_embed, s.numerics
         # layers without attention have no coefficients

@@ -5,16 +5,18 @@ import csv
 import io
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from common import files
+from common.arguments import Parser
 from common.errors import UserError
 from page import curves
 
 COLUMNS = ("run", "step", "tokens", "time_ms", "val_loss", "train_loss")
 
 
-def arguments(p):
+def arguments(p: Parser) -> None:
     """Options of `records export`."""
     p.add_argument("sources", nargs="+", metavar="SOURCE",
                    help="a checkpoint (safetensors), or run folders (csv)")
@@ -24,7 +26,7 @@ def arguments(p):
     p.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
-def run(options):
+def run(options: Namespace) -> None:
     """`records export`: a checkpoint as safetensors, or curves as CSV."""
     if options.to == "csv":
         return export_csv(options)
@@ -40,7 +42,7 @@ def run(options):
     print(f"safetensors: {out}")
 
 
-def place(options, default: Path) -> Path:
+def place(options: Namespace, default: Path) -> Path:
     """Where the file goes; UserError if something is there and --overwrite is not given."""
     out = Path(options.out) if options.out else default
     if out.is_dir():
@@ -75,7 +77,7 @@ def safetensors_of(path: Path) -> bytes:
 
 # ----- curves -----------------------------------------------------------------------------------------------
 
-def export_csv(options):
+def export_csv(options: Namespace) -> None:
     """One row for each step of each run: what was validated there, and the training loss of the step."""
     found = {source: curves.read(source) for source in options.sources}  # the same run twice is one
     text = io.StringIO()

@@ -20,6 +20,9 @@ import csv
 import json
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from common import files, untrusted
 from common.errors import UserError
@@ -43,7 +46,7 @@ CPU_SCALES = tuple(name for name, scale in SCALES.items() if scale.embedded)
 FLAGS = {"--set": "sets", "--with": "with_", "--without": "without", "--revert": "revert"}
 
 
-def gather(evidence=EVIDENCE):
+def gather(evidence: Path = EVIDENCE) -> dict[str, Any]:
     """Everything the pages say, as plain data."""
     records, judge = deltas.load_records(), evidence / "judge.json"
     claims = {ref: read_claims(record) for ref, record in records.items()}
@@ -57,7 +60,7 @@ def gather(evidence=EVIDENCE):
 
 # ----- reading ----------------------------------------------------------------------------------------------
 
-def read_rows(path, numbers):
+def read_rows(path: Path, numbers: list[str]) -> list[dict[str, Any]]:
     """Rows of a CSV file as dicts; the named columns become numbers, or None where empty."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -72,7 +75,7 @@ def read_rows(path, numbers):
     return rows
 
 
-def read_history(records):
+def read_history(records: dict[str, deltas.Record]) -> list[dict[str, Any]]:
     """Rows of published/history.csv, joined with the records here: those overrule title, date, people and
     kind.
 
@@ -98,7 +101,7 @@ def read_history(records):
     ]
 
 
-def new_row(record):
+def new_row(record: deltas.Record) -> dict[str, Any]:
     """The history row of a record that published/history.csv does not know."""
     lineage, _, name = record.ref.partition("/")
     empty = dict.fromkeys(("steps", "tokens", "effect_steps", "effect_loss"))
@@ -110,7 +113,7 @@ def new_row(record):
             "runs": record.published.get("runs"), **empty, "tokens_per_step": "", "note": "", "here": True}
 
 
-def read_effects():
+def read_effects() -> list[dict[str, Any]]:
     """Rows of effects.csv: published worths of techniques, checked."""
     path = PUBLISHED / "effects.csv"
     rows = read_rows(path, ["effect", "n"])
@@ -125,7 +128,7 @@ def read_effects():
     return rows
 
 
-def read_json(path):
+def read_json(path: Path) -> Any:
     """The value of a JSON file. UserError if it is damaged."""
     try:
         return untrusted.json_file(path)
@@ -133,7 +136,7 @@ def read_json(path):
         raise UserError(f"{path}: cannot be read as JSON ({error}): write it again or remove it") from None
 
 
-def read_sweeps(folder):
+def read_sweeps(folder: Path) -> list[dict[str, Any]]:
     """The sweeps of an evidence folder, by name. Every arm says whether its settings are still those of the
     code.
 
@@ -163,7 +166,7 @@ def read_sweeps(folder):
     return sweeps
 
 
-def misstated(sweep):
+def misstated(sweep: dict) -> str:
     """The first figure of a sweep that its losses do not give, '' if there is none."""
     by_label = {row["arm"]: row for row in (sweep["control"], *sweep["rows"])}
     for label, row in by_label.items():
@@ -186,7 +189,7 @@ def misstated(sweep):
     return next((k for k in ("pooled_sd", "df") if apart(sweep[k], found[k])), "")
 
 
-def finished(row):
+def finished(row: dict) -> list[float]:
     """The final losses of an arm by seed; a diverged run has none."""
     return [
         r["val_loss"] for r in sorted(row["runs"], key=lambda r: r["seed"])
@@ -194,7 +197,7 @@ def finished(row):
     ]
 
 
-def apart(a, b):
+def apart(a: float | None, b: float | None) -> bool:
     """Are two figures different beyond rounding (another scipy, another order of sums)?"""
     return (
         a != b if None in (a, b) or isinstance(b, bool)
@@ -202,7 +205,7 @@ def apart(a, b):
     )
 
 
-def is_current(sweep, row):
+def is_current(sweep: dict, row: dict) -> bool | None:
     """Do the arm's settings still resolve to the hash its runs logged? (None if no run logged one)"""
     hashes = {r["ml_hash"] for r in row["runs"]}
     changes = [*sweep.get("common", []), *row["changes"]]
@@ -212,7 +215,7 @@ def is_current(sweep, row):
     )
 
 
-def expected_hash(name, scale, changes):
+def expected_hash(name: str, scale: str, changes: list[str]) -> str | None:
     """ml_hash that the code gives to a record with changes ("--without x"), None if it refuses them now."""
     found = {name: [] for name in FLAGS.values()}
     try:
@@ -224,7 +227,7 @@ def expected_hash(name, scale, changes):
         return None
 
 
-def base_of(base):
+def base_of(base: str) -> str:
     """Ref of the record a sweep is about: its base, the last of FIRST..LAST or of a lineage, or a preset's
     record."""
     name = f"{base}/head" if base in deltas.LINEAGES else base.split("..")[-1]
@@ -234,7 +237,7 @@ def base_of(base):
     )
 
 
-def read_claims(record):
+def read_claims(record: deltas.Record) -> list[dict[str, Any]]:
     """What `records verify` finds of the claims in a record's folder: results.json and `where` it lies,
     refused or not.
 
@@ -258,7 +261,7 @@ def read_claims(record):
     return found
 
 
-def read_runs(record, claims=()):
+def read_runs(record: deltas.Record, claims: Sequence[dict] = ()) -> list[dict[str, Any]]:
     """The committed finished runs of a record as it is, without changes: summary, curve [step, tokens, ms,
     loss], `current`.
 
@@ -292,19 +295,19 @@ def read_runs(record, claims=()):
 
 # ----- small answers ----------------------------------------------------------------------------------------
 
-def mean_and_sd(values):
+def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
     """(mean, sd with n - 1 or None)."""
     about = statistics.describe(values)
     return about["mean"], about["sd"]
 
 
-def at_scale(runs, scale):
+def at_scale(runs: list[dict], scale: str) -> list[dict]:
     """The runs of one scale that the code would still give, or all of that scale if none is current."""
     found = [r for r in runs if r["scale"] == scale]
     return [r for r in found if r["current"]] or found
 
 
-def has_times(scale, interleaved):
+def has_times(scale: str, interleaved: bool) -> bool:
     """Are the training times of runs at a scale data?
 
     At a CPU scale only those of a declared plan, which runs its arms in turns, in random order and one at a
@@ -315,7 +318,7 @@ def has_times(scale, interleaved):
     return interleaved or scale not in CPU_SCALES
 
 
-def hardware(about):
+def hardware(about: dict) -> str:
     """The machine a run or a sweep names: its GPUs, or its CPU with the device line; later logs add an
     anonymous id."""
     device, cpu = about.get("hardware") or about.get("device") or "machine not named", about.get("cpu")
@@ -323,28 +326,28 @@ def hardware(about):
     return name + (f"; machine {about['machine']}" if about.get("machine") else "")
 
 
-def order_of(site, ref):
+def order_of(site: dict, ref: str) -> int:
     """Sorting key of a record of any lineage: its place in the history, after which the variants come."""
     refs = [row["ref"] for row in site["history"]] + list(variants_of(site))
     return refs.index(ref) if ref in refs else len(refs)
 
 
-def is_variant(ref):
+def is_variant(ref: str) -> bool:
     """True for records of the lineage of variants."""
     return ref.startswith(VARIANTS + "/")
 
 
-def variants_of(site):
+def variants_of(site: dict) -> dict[str, deltas.Record]:
     """Ref -> record of the variants."""
     return {ref: r for ref, r in site["records"].items() if is_variant(ref)}
 
 
-def claims_of(site):
+def claims_of(site: dict) -> dict[str, deltas.Record]:
     """Ref -> record of the claimed results: deltas with their authors' figures, which are no records."""
     return {ref: r for ref, r in site["records"].items() if r.claimed}
 
 
-def claim_rows(site):
+def claim_rows(site: dict) -> list[tuple[str, deltas.Record, dict, dict | None]]:
     """[(ref, record, z rule, pairwise rule against its parent or None)] of the claims with figures.
 
     Both rules are the optimizer track's (evidence.statistics), on published means.
@@ -361,33 +364,33 @@ def claim_rows(site):
     return rows
 
 
-def head(site, lineage="short"):
+def head(site: dict, lineage: str = "short") -> str:
     """The latest record of a lineage."""
     return [ref for ref, r in site["records"].items() if ref.startswith(lineage + "/") and not r.claimed][-1]
 
 
-def marker(site, h):
+def marker(site: dict, h: dict) -> str:
     """full, here or absent: how much of a published record exists here."""
     if any(r["scale"] == "full" for r in site["runs"].get(h["ref"], [])):
         return "full"
     return "here" if h["here"] else "absent"
 
 
-def duration(minutes):
+def duration(minutes: float | None) -> str:
     """'45 min', '1.23 min', or '39.9 s' below one minute."""
     if minutes is None:
         return "no time"
     return f"{minutes:g} min" if minutes >= 1 else f"{60 * minutes:.3g} s"
 
 
-def plural(n, word):
+def plural(n: int, word: str) -> str:
     """"1 run", "2 runs"."""
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 
 # ----- measured worth ---------------------------------------------------------------------------------------
 
-def measure(sweep, row, sign):
+def measure(sweep: dict, row: dict, sign: int) -> dict[str, Any]:
     """A sweep's row as worth: loss saved by the technique (sign -1 for effects of adding it), with interval
     and facts."""
     runs = {a["arm"]: a["n"] for a in (sweep["control"], *sweep["rows"])}
@@ -405,7 +408,7 @@ def measure(sweep, row, sign):
     return out | {"worth": sign * row["effect"]}
 
 
-def ablated(changes):
+def ablated(changes: list[str]) -> tuple[str, str] | None:
     """What one leave-one-out arm leaves out: ('path', P), ('record', R), or None for an arm with several
     changes."""
     flag, _, what = changes[0].partition(" ") if len(changes) == 1 else ("", "", "")
@@ -415,14 +418,14 @@ def ablated(changes):
     return ("path", renames.present_path(what)) if flag == "--without" else None
 
 
-def difference(m):
+def difference(m: dict) -> dict[str, Any]:
     """The row of what was added as the change of the loss: effect, low, high (negative is better) and
     resolved."""
     effect, low, high = (None if x is None else -x for x in (m["worth"], m["high"], m["low"]))
     return {"effect": effect, "low": low, "high": high, "resolved": m["resolved"]}
 
 
-def sweeps_of(site, kind, scale, variants=False):
+def sweeps_of(site: dict, kind: str, scale: str | None, variants: bool = False) -> list[dict]:
     """The sweeps of a kind at a scale, of records or of variants, the best last.
 
     Better is: a newer base, nothing else changed, complete, more runs of the control.
@@ -439,7 +442,7 @@ def sweeps_of(site, kind, scale, variants=False):
     )
 
 
-def added_at(site, scale, variants=False):
+def added_at(site: dict, scale: str | None, variants: bool = False) -> dict[str, dict]:
     """Record, or variant -> measure of it against its parent, by the sweep that has most runs of it as it is
     today."""
     best = {}
@@ -454,39 +457,39 @@ def added_at(site, scale, variants=False):
     return {record: m for record, (_, m) in best.items()}
 
 
-def variants_measured(site):
+def variants_measured(site: dict) -> dict[str, dict[str, dict]]:
     """{scale: {variant: measure of it against its parent}} of the scales that a sweep of variants was made
     at."""
     return {scale: found for scale in SCALES if (found := added_at(site, scale, variants=True))}
 
 
-def is_child(site, row):
+def is_child(site: dict, row: dict) -> bool:
     """Is a row of a chain a record against its parent? A lineage's sweep also compares parents with earlier
     ones."""
     record = site["records"].get(row["record"])
     return not (record and "parent" in row) or row["parent"] == record.parent
 
 
-def today_at(site, scale):
+def today_at(site: dict, scale: str | None) -> dict[tuple[str, str], dict]:
     """('path', P), ('record', R) or ('arm', label) -> measure of leaving it out, from the newest base that
     was swept."""
     return {ablated(row["changes"]) or ("arm", row["arm"]): measure(sweep, row, +1)
             for sweep in sweeps_of(site, "ablate", scale) for row in sweep["rows"]}
 
 
-def setter(ref, path):
+def setter(ref: str, path: str) -> str:
     """The record of a chain that set a path last."""
     links = deltas.chain(deltas.find_record(ref))
     found = [r.ref for r in links if path in r.delta or any(p in r.delta for p in schema.prefixes(path))]
     return found[-1] if found else ref
 
 
-def has_link(ref, link):
+def has_link(ref: str, link: str) -> bool:
     """Is a record one of those that another one is built on, or itself?"""
     return any(r.ref == link for r in deltas.chain(deltas.find_record(ref)))
 
 
-def short_doc(path):
+def short_doc(path: str) -> str:
     """The meaning of a setting in a few words: its line up to the first remark."""
     if path not in schema.fields():
         return path
@@ -494,7 +497,7 @@ def short_doc(path):
     return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 
-def techniques(site, scale):
+def techniques(site: dict, scale: str | None) -> list[dict[str, Any]]:
     """Every technique once: [{key, title, record, added, today, published}], measured at one scale where it
     was.
 
@@ -528,7 +531,7 @@ def techniques(site, scale):
     return sorted(rows.values(), key=lambda r: (order_of(site, r["record"]), r["key"][0] != "record"))
 
 
-def whole_record(h):
+def whole_record(h: dict) -> dict[str, Any]:
     """The published effect of a whole record, from published/history.csv: loss at equal steps if stated, else
     steps."""
     loss = h["effect_loss"] is not None
@@ -536,7 +539,7 @@ def whole_record(h):
             "n": h["runs"], "source": "the whole record", "note": h["note"]}
 
 
-def ranked(rows, column):
+def ranked(rows: list[dict], column: str) -> dict[tuple[str, str], int]:
     """key -> rank by worth in a column; only what is resolved takes part, and no arm with several features
     off."""
     best = sorted((r for r in rows if r[column] and r[column]["resolved"] and r["key"][0] != "arm"),
@@ -544,14 +547,14 @@ def ranked(rows, column):
     return {r["key"]: i for i, r in enumerate(best, 1)}
 
 
-def scales_measured(site):
+def scales_measured(site: dict) -> list[str]:
     """Scales with a sweep of records or features, largest first."""
     return [s for s in SCALES if any(sweeps_of(site, kind, s) for kind in ("ablate", "chain"))]
 
 
 # ----- small scale against published ------------------------------------------------------------------------
 
-def predictions(site, scale):
+def predictions(site: dict, scale: str) -> dict[str, Any]:
     """Pairs of (published, measured at a small scale), for features and for whole records, with the rank
     correlation.
 
@@ -580,7 +583,7 @@ def predictions(site, scale):
     return {"scale": scale, "features": with_correlation(features), "records": with_correlation(records)}
 
 
-def with_correlation(points):
+def with_correlation(points: list[dict]) -> dict[str, Any]:
     """Points with Spearman's rank correlation of x and y, to three digits (None below three points)."""
     found = {"rho": None, "low": None, "high": None}
     if len(points) >= 3:

@@ -2,6 +2,7 @@
 readable on light and dark grounds."""
 
 import math
+from collections.abc import Callable
 from datetime import date
 from html import escape
 
@@ -21,7 +22,7 @@ circle{stroke:#2f7ed8;stroke-width:1.6;fill:#fff}.full{fill:#2f7ed8}.here{fill:#
 circle{fill:#0d1117}.full{fill:#6cb0ff}.here{fill:#2b5687}}"""
 
 
-def history(site):
+def history(site: dict) -> str:
     """The plot as text. Filled dots were rerun here at full scale, tinted ones run here as a delta."""
     points = [
         h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]
@@ -57,7 +58,9 @@ def history(site):
             f"d=\"{path}\"/>\n{dots}{names}\n{key(site, points)}\n</svg>\n")
 
 
-def grid(x, y, days, low, high):
+def grid(
+    x: Callable[[int], float], y: Callable[[float], float], days: list[int], low: float, high: float
+) -> str:
     """Lines and names of both axes."""
     out = "".join(f'<line class="g" x1="{LEFT}" x2="{RIGHT}" y1="{y(t)}" y2="{y(t)}"/><text x="{LEFT - 8}" '
                   f'y="{y(t) + 4}" '
@@ -70,7 +73,7 @@ def grid(x, y, days, low, high):
     return out
 
 
-def key(site, points):
+def key(site: dict, points: list[dict]) -> str:
     """The legend of the history plot, as SVG."""
     out = (
         f'<text x="{RIGHT}" y="{TOP + 16}" text-anchor="end">published training time on 8 x H100, log '

@@ -10,25 +10,28 @@ Same files in, same bytes out: no clock, no git, no network. page/facts.py says 
 """
 
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 from common import files
+from common.arguments import Parser
 from page import facts, markdown, history as plot, sections
 
 STALE = 3  # exit code of --check
 
 
-def arguments(p):
+def arguments(p: Parser) -> None:
     """Options of `records leaderboard`."""
     p.add_argument("--check", action="store_true",
                    help="write nothing; exit 3 if a generated file is not what the data gives")
 
 
-def run(options):
+def run(options: Namespace) -> int:
     """`records leaderboard`: write the generated pages, or check that they are current."""
     return settle(build(), facts.ROOT, options.check)
 
 
-def build(evidence=facts.EVIDENCE):
+def build(evidence: Path = facts.EVIDENCE) -> dict[str, str]:
     """Path below the repository -> text of every generated file. evidence:
     folder with the JSON of sweeps and judge."""
     site = facts.gather(evidence)
@@ -36,7 +39,7 @@ def build(evidence=facts.EVIDENCE):
             "site/history.svg": plot.history(site), "site/index.html": sections.page(site)}
 
 
-def settle(texts, root, check=False):
+def settle(texts: dict[str, str], root: Path, check: bool = False) -> int:
     """Write the files that differ; with `check` only name them, in one line on stderr, and return STALE."""
     stale = [name for name, text in texts.items() if read(root / name) != text]
     if check and stale:
@@ -51,7 +54,7 @@ def settle(texts, root, check=False):
     return 0
 
 
-def read(path):
+def read(path: Path) -> str | None:
     """Text of a file, None if there is none."""
     try:
         return path.read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """records/README.md, the index, and LINEAGE.md, every delta in one scroll."""
 
+from collections.abc import Iterable
 from pathlib import PurePath
 
 from page import facts
@@ -14,7 +15,7 @@ SOURCES = {
 }
 
 
-def line(values):
+def line(values: Iterable[object]) -> str:
     """One row of a table."""
     return "| " + " | ".join(str(v).replace("|", "\\|").replace("\n", " ") for v in values) + " |"
 
@@ -33,7 +34,7 @@ over 11, 14, 16, 20, 29, 30, 40, 41 and 44 to 46; 4, 8, 13, 19, 25, 27, 33 and 3
 
 # ----- index ------------------------------------------------------------------------------------------------
 
-def index(site):
+def index(site: dict) -> str:
     """records/README.md: one line per record here, in a table for each track."""
     lines = [
         GENERATED,
@@ -63,7 +64,7 @@ def index(site):
     return "\n".join(lines + variants_index(site, variants)) + "\n"
 
 
-def track_index(site, lineage):
+def track_index(site: dict, lineage: str) -> list[str]:
     """The table of one track's records, under a heading with the track's target."""
     records = {
         ref: r for ref, r in site["records"].items() if ref.startswith(lineage + "/") and not r.claimed
@@ -97,7 +98,7 @@ def track_index(site, lineage):
     return lines
 
 
-def claims_index(site, lineage):
+def claims_index(site: dict, lineage: str) -> list[str]:
     """The lines on the claimed results of a track, with the rules of the optimizer track on their figures."""
     rows = [row for row in facts.claim_rows(site) if row[0].startswith(lineage + "/")]
     if not rows:
@@ -121,12 +122,12 @@ def claims_index(site, lineage):
     return lines
 
 
-def met(rule):
+def met(rule: dict) -> str:
     """'0.00454', or '0.00278, not met'."""
     return f"{rule['score']:.5f}{'' if rule['passed'] else ', not met'}"
 
 
-def variants_index(site, variants):
+def variants_index(site: dict, variants: dict[str, deltas.Record]) -> list[str]:
     """The lines on the variants: parent, and the loss against it at each scale where a sweep has measured
     it."""
     if not variants:
@@ -148,7 +149,7 @@ def variants_index(site, variants):
     return lines
 
 
-def difference_text(m):
+def difference_text(m: dict | None) -> str:
     """'+0.0123 [+0.0040, +0.0206], n 4 and 11', 'unresolved (+-0.0083), n 4 and 11', or 'not measured'."""
     if m is None or m["worth"] is None:
         return "not measured"
@@ -156,7 +157,7 @@ def difference_text(m):
     return f"{effect_text(facts.difference(m))}, n {m['n']} and {m['n_control']}{state}"
 
 
-def file_links(record, runs, claims):
+def file_links(record: deltas.Record, runs: list[dict], claims: list[dict]) -> list[str]:
     """Markdown links to what lies in a record's folder."""
     folder = record.folder.relative_to(deltas.RECORDS).as_posix()
     links = [f"[delta]({folder}/record.toml)"]
@@ -168,12 +169,12 @@ def file_links(record, runs, claims):
     ]
 
 
-def below(folder):
+def below(folder: str) -> str:
     """A path of the repository as a link from records/."""
     return PurePath(folder).relative_to("records").as_posix()
 
 
-def loss_text(runs, scale):
+def loss_text(runs: list[dict], scale: str) -> str:
     """'4.0598 (1)': mean final loss and number of runs, '' if there is none; 'stale' if the settings changed
     since."""
     found = facts.at_scale(runs, scale)
@@ -185,7 +186,7 @@ def loss_text(runs, scale):
 
 # ----- lineage ----------------------------------------------------------------------------------------------
 
-def lineage(site):
+def lineage(site: dict) -> str:
     """LINEAGE.md: every delta, then the published records that have none here, then the variants."""
     lines = [GENERATED, "# Lineage\n",
              "Every record as the lines it changes on its parent. Paths are those of `settings/` (`python "
@@ -227,7 +228,9 @@ def lineage(site):
     return "\n".join(lines).rstrip() + "\n"
 
 
-def section(r, before, measured, level="##"):
+def section(
+    r: deltas.Record, before: str | None, measured: dict[str, dict | None], level: str = "##"
+) -> list[str]:
     """The lines on one record. before: the record above it, which is its parent if nothing else is said."""
     folder = r.folder.relative_to(facts.ROOT).as_posix()
     parent = f", parent {r.parent}" if r.parent and r.parent != before else ""
@@ -256,7 +259,7 @@ def section(r, before, measured, level="##"):
     return lines
 
 
-def delta_lines(record):
+def delta_lines(record: deltas.Record) -> list[str]:
     """The [delta] lines as typed, each with the value before."""
     parent = deltas.resolve(record.parent).settings if record.parent else None
     return [
@@ -266,7 +269,7 @@ def delta_lines(record):
     ]
 
 
-def published_text(published):
+def published_text(published: dict) -> str:
     """'45 minutes on 8xH100, loss 3.2722 (1 run), timing: untimed log', of what is there."""
     out = []
     if "minutes" in published:

@@ -3,12 +3,18 @@ with the published curve where it compares."""
 
 import io
 import math
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import environment, files
+from common.arguments import Parser
 from common.errors import UserError
 from page import curves
 from runlog import covers_all
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 AXES = ("steps", "tokens", "time")
 UNITS = {"steps": (1, "step"), "tokens": (1, "tokens"), "time": (1000, "training time, s")}
@@ -18,7 +24,7 @@ BUSY = "The runs did not take turns (records compare): their times also measure 
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def arguments(p):
+def arguments(p: Parser) -> None:
     """Options of `records plot`."""
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     p.add_argument("--x", choices=AXES, default="steps", help="axis (default steps)")
@@ -30,7 +36,7 @@ def arguments(p):
     )
 
 
-def run(options):
+def run(options: Namespace) -> None:
     """`records plot`: draw the loss curves of runs."""
     print(f"plot: {plot(options.runs, options.out, options.x, options.train)}")
 
@@ -113,7 +119,7 @@ def interpolated(step: int, steps: list[int], values: list[float]) -> float:
     return values[-1]
 
 
-def draw(axes, lines: list[Line], x: str, train: bool) -> None:
+def draw(axes: "Axes", lines: list[Line], x: str, train: bool) -> None:
     """All lines, targets and published curves, and limits that leave the first, highest points out."""
     low, high = [], []
     for line in lines:

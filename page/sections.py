@@ -5,6 +5,7 @@ import csv
 import functools
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import schedule
 from common import files
@@ -24,7 +25,7 @@ CARDS = [
 STATES = {"full": "rerun", "here": "delta", "absent": "no"}
 
 
-def page(site):
+def page(site: dict) -> str:
     """The whole page as text."""
     def source(name):
         return (HERE / name).read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ def page(site):
     )
 
 
-def summary(site):
+def summary(site: dict) -> str:
     """Four figures, and a sentence on what has and has not been measured here."""
     published = [
         h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]
@@ -72,7 +73,7 @@ def summary(site):
     return f'<ul class="facts">{items}</ul>\n<p class="status">{escape(where)}</p>'
 
 
-def history_table(site):
+def history_table(site: dict) -> str:
     """The table of all published records, as HTML."""
     columns = ["record", ">date", ">published", "what", "by", "kind", ">steps", ">loss (runs)", "here"]
     rows = []
@@ -96,7 +97,7 @@ def history_table(site):
 
 # ----- variants ---------------------------------------------------------------------------------------------
 
-def variants(site):
+def variants(site: dict) -> str:
     """The variants: parent, delta and, at every scale where a sweep has measured it, the loss against the
     parent's."""
     measured = facts.variants_measured(site)
@@ -127,7 +128,7 @@ def variants(site):
     )
 
 
-def difference_cell(m):
+def difference_cell(m: dict | None) -> str:
     """A variant's loss less its parent's, the interval, and the numbers of runs."""
     if not m or m["worth"] is None:
         return f"<small>{escape(m['note'])}</small>" if m and m["note"] else NOTHING
@@ -150,7 +151,7 @@ def difference_cell(m):
 
 # ----- boards -----------------------------------------------------------------------------------------------
 
-def board_entries(site):
+def board_entries(site: dict) -> dict[str, list[dict]]:
     """Machine -> rows {record, scale, n, loss, sd, seconds, rate, reached, current, what} of unchanged
     records.
 
@@ -197,7 +198,7 @@ def board_entries(site):
     return boards
 
 
-def claim_entry(claim):
+def claim_entry(claim: dict) -> dict[str, Any] | None:
     """The board's row of a claim, from its results.json; None if it was refused or no run has a loss."""
     arm = claim.get("statistics", {}).get("arms", {}).get("new")
     if not arm or not arm["loss"]:
@@ -210,7 +211,7 @@ def claim_entry(claim):
             "what": f"claim {claim['verdict']}, {claim['grade']}{''.join(' ' + c for c in changes)}"}
 
 
-def boards(site):
+def boards(site: dict) -> str:
     """A table per machine, records in order; places only among records that reached the target of one scale
     there."""
     found = board_entries(site)
@@ -228,7 +229,7 @@ def boards(site):
                                               "Machines without a board", "dense unclaimed")
 
 
-def board(site, machine, entries):
+def board(site: dict, machine: str, entries: list[dict]) -> str:
     """The table of runs of one machine, fastest first, as HTML."""
     entries = sorted(
         entries, key=lambda e: (list(SCALES).index(e["scale"]), facts.order_of(site, e["record"]), e["what"])
@@ -254,7 +255,7 @@ def board(site, machine, entries):
 
 # ----- prediction, judge ------------------------------------------------------------------------------------
 
-def predict(site):
+def predict(site: dict) -> str:
     """What the scatter can and cannot say; the charts themselves are drawn by the script."""
     scales = [s for s in facts.scales_measured(site) if s != "full"]
     if not scales:
@@ -281,7 +282,7 @@ def predict(site):
             "nor size should be carried over from here to full scale.</p>" + prediction_tables(site))
 
 
-def rules(site):
+def rules(site: dict) -> str:
     """The tables of `sweep.py optimizers`: update rules at equal budget, each with a tuned learning rate."""
     from sweeps import optimizers, report
     found = [sweep for sweep in site["sweeps"] if sweep["kind"] == "optimizers"]
@@ -297,7 +298,7 @@ def rules(site):
     return out
 
 
-def prediction_tables(site):
+def prediction_tables(site: dict) -> str:
     """Per sweep the table of published against measured effects, folded, under what it shows."""
     from evidence import predictions  # scipy comes along
     out, (value, error) = "", predictions.slope()
@@ -318,7 +319,7 @@ def prediction_tables(site):
             f"published pairs.</p>{out}")
 
 
-def correlation_text(found):
+def correlation_text(found: dict) -> str:
     """One sentence on a rank correlation and its interval."""
     n = len(found["points"])
     if found["rho"] is None:
@@ -335,7 +336,7 @@ def correlation_text(found):
     return text + (": the orders agree." if found["rho"] > 0 else ": the orders are opposed.")
 
 
-def judge(found):
+def judge(found: dict | None) -> str:
     """The verdicts of `records judge`, a table per track, folded."""
     if found is None:
         return missing(
@@ -362,7 +363,7 @@ def judge(found):
     return out
 
 
-def claims(site):
+def claims(site: dict) -> str:
     """The claimed results by the rules of the optimizer track, on their authors' figures."""
     columns = ["claim", ">date", "what", "by", ">steps", ">mean", ">n", ">score", ">pairwise p", "rule"]
     rows = [
@@ -384,7 +385,7 @@ def claims(site):
 
 # ----- data for the script ----------------------------------------------------------------------------------
 
-def data(site):
+def data(site: dict) -> str:
     """The JSON at the end of the page. '<' is escaped, so that no text can end the script element."""
     runs = [
         {
@@ -411,7 +412,7 @@ def data(site):
     return files.json_text(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def run_points(r):
+def run_points(r: dict) -> list[list]:
     """The curve of a committed run as points [step, tokens, ms, loss]; ms is None where times are no data."""
     timed = facts.has_times(r["scale"], interleaved=r["claimed"])
     return [
@@ -419,7 +420,7 @@ def run_points(r):
     ]
 
 
-def reference_curve(record):
+def reference_curve(record: deltas.Record) -> dict[str, Any] | None:
     """Published curve as points [step, tokens, ms, loss], None without one.
 
     tokens is None where the log ran another number of steps than the record here, ms where the log has no
@@ -450,7 +451,7 @@ def reference_curve(record):
     }
 
 
-def settings_data(records):
+def settings_data(records: dict[str, deltas.Record]) -> dict[str, Any]:
     """Paths with their meaning; of each record its parent, what differs from it (as one would type it), what
     it sets."""
     shown = {ref: shown_settings(ref) for ref in records}
@@ -465,7 +466,7 @@ def settings_data(records):
     return {"paths": {p: schema.fields()[p].metadata["doc"].replace("`", "") for p in paths}, "records": out}
 
 
-def shown_settings(ref):
+def shown_settings(ref: str) -> dict[str, str]:
     """Path -> value as one would type it, of the leaves that exist; a feature without fields of its own is
     `on`."""
     s = deltas.resolve(ref).settings
@@ -478,7 +479,7 @@ def shown_settings(ref):
 
 
 @functools.cache
-def bare_sections():
+def bare_sections() -> list[str]:
     """Paths of the features without fields of their own."""
     parents = {p.rpartition(".")[0] for p in schema.fields()}
     return [p for p, f in schema.fields().items() if f.is_section and f.optional and p not in parents]

@@ -5,9 +5,13 @@ that bench/experts.py left in bench/results, losses from the chains of sweep.py 
 """
 
 import textwrap
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from common import untrusted
+from common.arguments import Parser
 from common.errors import UserError
 from page import facts
 from page.markdown import difference_text, line
@@ -17,11 +21,11 @@ from system.dry_run import context_text, flops
 TIMES = Path(__file__).parent.parent / "bench/results/cpu_variants.json"
 
 
-def arguments(p):
+def arguments(p: Parser) -> None:
     """It has none."""
 
 
-def run(options):
+def run(options: Namespace) -> int:
     """`records variants`: print the table of variants as Markdown."""
     site = gather()
     print(markdown(site, read_times(TIMES)))
@@ -29,7 +33,7 @@ def run(options):
     return 0
 
 
-def gather():
+def gather() -> dict[str, Any]:
     """The part of facts.gather that the sweeps of variants need, in a second."""
     records = deltas.load_records()
     return {
@@ -38,7 +42,7 @@ def gather():
     }
 
 
-def read_times(path):
+def read_times(path: Path) -> dict[str, Any]:
     """The JSON of bench/experts.py."""
     try:
         return untrusted.json_file(path)
@@ -48,7 +52,7 @@ def read_times(path):
         ) from None
 
 
-def counted(ref):
+def counted(ref: str) -> tuple[int, int, float]:
     """(parameters, those active in a token, FLOPs of a token in training) at full width."""
     from model import without_values
     s = deltas.resolve(ref).settings
@@ -56,7 +60,7 @@ def counted(ref):
     return model.num_parameters(), model.num_active(), sum(flops(s, model))
 
 
-def markdown(site, times):
+def markdown(site: dict, times: dict) -> str:
     """The table, its caption, and where the time of the mixtures goes."""
     records, variants, measured = site["records"], facts.variants_of(site), facts.variants_measured(site)
     timed = {row["record"]: row for row in times["rows"]}
@@ -84,18 +88,18 @@ def markdown(site, times):
     return "\n".join([*lines, "", *caption(parents, times, measured), *where_time_goes(timed)])
 
 
-def sizes(size, active):
+def sizes(size: int, active: int) -> str:
     """Parameters and active parameters, in millions."""
     return f"{size / 1e6:.0f} M, {active / 1e6:.0f} M"
 
 
-def control_loss(site, scale, ref):
+def control_loss(site: dict, scale: str, ref: str) -> str:
     """Mean final loss of a parent in the sweep of the variants at a scale."""
     control = facts.sweeps_of(site, "chain", scale, variants=True)[-1]["control"]
     return f"{control['mean']:.4f}, n {control['n']}" if control["arm"] == ref else ""
 
 
-def caption(parents, times, measured):
+def caption(parents: Iterable[str], times: dict, measured: Iterable[str]) -> list[str]:
     """What the columns mean."""
     context = "; ".join(f"{ref}: {context_text(deltas.resolve(ref).settings)}" for ref in parents)
     files = " and ".join(f"[{scale}](../evidence/results/chain_variants_{scale}.md)" for scale in measured)
@@ -109,7 +113,7 @@ def caption(parents, times, measured):
             f"({files})."]
 
 
-def latest_runs(site):
+def latest_runs(site: dict) -> dict[str, dict]:
     """Ref -> summary of the newest committed run of each variant with experts that tells MaxVio."""
     found = {}
     for ref, record in facts.variants_of(site).items():
@@ -118,7 +122,7 @@ def latest_runs(site):
     return found
 
 
-def balance_table(runs):
+def balance_table(runs: dict[str, dict]) -> list[str]:
     """The lines of a table of MaxVio. runs: ref -> summary; without runs there is no table."""
     if not runs:
         return []
@@ -139,7 +143,7 @@ def balance_table(runs):
     return lines
 
 
-def where_time_goes(timed):
+def where_time_goes(timed: dict[str, dict]) -> list[str]:
     """A table of the parts of the mixtures' layers, and what a loop over the experts would cost."""
     mixtures = {ref: row for ref, row in timed.items() if "parts_ms" in row}
     if not mixtures:

@@ -11,18 +11,23 @@ import json
 import math
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import runlog
 import schedule
 import settings
 from common import files
+from common.arguments import Parser
 from common.errors import UserError
 from page import curves
 from settings import schema
 from system.heartbeat import Heartbeat, beaten
 from system.resume import folders
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 EVERY_S = 2.0
 MOST = 8  # runs that are watched if none is named
@@ -39,7 +44,7 @@ SILENT_STEPS = 20  # of the run's own length
 KILLED_S = 5.0  # without a sign, from a run whose log no process holds: some file systems have no locks
 
 
-def arguments(p: Any) -> None:
+def arguments(p: Parser) -> None:
     """Options of `records watch`."""
     p.add_argument("runs", nargs="*", metavar="RUN",
                    help="run folders (default: the unfinished ones under --out)")
@@ -50,7 +55,7 @@ def arguments(p: Any) -> None:
                    help="print one view and end, as where stdout is no terminal")
 
 
-def run(options: Any) -> None:
+def run(options: Namespace) -> None:
     """`records watch`: show runs until they have ended, or Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
@@ -199,7 +204,7 @@ def planned_memory(start: dict) -> str:
 
 # ----- all runs ---------------------------------------------------------------------------------------------
 
-def view(chosen: list[Path], width: int = 100) -> Any:
+def view(chosen: list[Path], width: int = 100) -> "Group":
     """Table and chart of the runs, for rich."""
     from rich import box
     from rich.console import Group

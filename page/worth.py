@@ -2,6 +2,7 @@
 and every sweep in full."""
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from page import facts
@@ -27,7 +28,7 @@ CAUTION = ('<p class="caution">A small image of each record on another text: rea
            'forecast of full scale. Whether they predict it is <a href="#predict">measured below</a>.</p>')
 
 
-def worth(site):
+def worth(site: dict) -> str:
     """The section: a panel per measured scale, and in it, folded, what is only published."""
     scales = facts.scales_measured(site)
     if not scales:
@@ -47,7 +48,7 @@ def worth(site):
             f'{grades}.</p>')
 
 
-def panel(site, scale):
+def panel(site: dict, scale: str) -> str:
     """Measured and published worths of all techniques at one scale, as HTML."""
     rows = facts.techniques(site, scale)
     rest = [r for r in rows if not (r["added"] or r["today"])]
@@ -58,7 +59,7 @@ def panel(site, scale):
     return out
 
 
-def sources(site, scale):
+def sources(site: dict, scale: str) -> str:
     """Which sweeps a table rests on, what is missing, and that small scales are no forecast."""
     lines = [sweep_line(s) for kind in ("ablate", "chain") for s in facts.sweeps_of(site, kind, scale)]
     bases = [s["about"] for s in facts.sweeps_of(site, "ablate", scale)]
@@ -73,7 +74,7 @@ def sources(site, scale):
     return '<ul class="sources"><li>' + "</li><li>".join(lines) + "</li></ul>" + caution
 
 
-def sweep_line(sweep):
+def sweep_line(sweep: dict) -> str:
     """One sweep in a sentence, linked to its file."""
     what = {
         "ablate": "each feature of {} switched off in turn", "chain": "each record of {} against its parent",
@@ -91,7 +92,7 @@ def sweep_line(sweep):
 
 # ----- the table --------------------------------------------------------------------------------------------
 
-def worth_table(site, rows, scale):
+def worth_table(site: dict, rows: list[dict], scale: str | None) -> str:
     """The table of these techniques; scale None: only the published column."""
     columns = ("added", "today") if scale else ()
     ranks = {column: facts.ranked(rows, column) for column in columns}
@@ -118,7 +119,7 @@ def worth_table(site, rows, scale):
                            f"<thead><tr>{head}</tr></thead>{body}</table>", "scroll wide")
 
 
-def group_of(row):
+def group_of(row: dict) -> str:
     """The group of the table that a technique's row belongs to."""
     measured = [row[c] for c in ("added", "today") if row[c]]
     if not measured:
@@ -130,14 +131,17 @@ def group_of(row):
     return "unresolved" if any(m["worth"] is not None for m in measured) else "none"
 
 
-def resolved_first(row):
+def resolved_first(row: dict) -> tuple[int, float]:
     """Sorting key: by worth today, then (not resolved today) by worth when added."""
     for place, column in enumerate(("today", "added")):
         if row[column] and row[column]["resolved"]:
             return place, -row[column]["worth"]
 
 
-def worth_row(site, row, columns, ranks, unit):
+def worth_row(
+    site: dict, row: dict, columns: Sequence[str], ranks: dict[str, dict[tuple[str, str], int]],
+    unit: tuple[float, float]
+) -> str:
     """One technique's row of the table, as HTML."""
     kind, what = row["key"]
     path = (
@@ -163,7 +167,7 @@ def worth_row(site, row, columns, ranks, unit):
     )
 
 
-def worth_cell(m, rank, unit):
+def worth_cell(m: dict | None, rank: int | None, unit: tuple[float, float]) -> str:
     """Rank, worth and interval if resolved; 'unresolved (±x)' if not; nothing if not measured."""
     if not m:
         return ""
@@ -185,7 +189,7 @@ def worth_cell(m, rank, unit):
             f"{stale}</div>{note}")
 
 
-def forest_unit(rows):
+def forest_unit(rows: list[dict]) -> tuple[float, float]:
     """(unit, largest): interval plots are linear within ±unit, the median half width,
     and logarithmic up to largest."""
     measured = [r[c] for r in rows for c in ("added", "today") if r[c] and r[c]["low"] is not None]
@@ -195,7 +199,7 @@ def forest_unit(rows):
     return max(halves[len(halves) // 2], 1e-9), max(max(abs(m["low"]), abs(m["high"])) for m in measured)
 
 
-def forest(m, span, width=132, height=18):
+def forest(m: dict, span: tuple[float, float], width: int = 132, height: int = 18) -> str:
     """A small plot of worth and interval around zero."""
     unit, largest = span
 
@@ -212,7 +216,7 @@ def forest(m, span, width=132, height=18):
             f'<circle cx="{x(m["worth"])}" cy="{y}" r="3.6"/></svg>')
 
 
-def published_effect(e):
+def published_effect(e: dict) -> str:
     """'+0.0128 nats', '20 steps saved' or '5.1 s saved', and who says so."""
     if e["measure"] == "loss":
         text = f"{number(-e['effect'], sign=True)} nats"
@@ -223,7 +227,7 @@ def published_effect(e):
     return f'<div class="published"><b>{text}</b><small>{escape(who)}</small></div>'
 
 
-def measured_on(row):
+def measured_on(row: dict) -> str:
     """n, scale, base, machine and grade of each measured column.
     The machine's full name is in the list of sweeps."""
     out = ""
@@ -240,7 +244,7 @@ def measured_on(row):
 
 # ----- every sweep in full ----------------------------------------------------------------------------------
 
-def evidence(site):
+def evidence(site: dict) -> str:
     """Every sweep with every arm, nothing left out."""
     if not site["sweeps"]:
         return missing("No sweep is committed yet.")
@@ -251,7 +255,7 @@ def evidence(site):
     )
 
 
-def sweep_details(s):
+def sweep_details(s: dict) -> str:
     """All arms of a sweep, as HTML."""
     columns = [
         "arm", "changes", ">n", ">mean", ">sd", ">effect on loss", ">interval", ">p", "resolved", "current",

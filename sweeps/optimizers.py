@@ -6,6 +6,7 @@ Two sweeps in two queues. `tune` trains every rule with each learning rate of a 
 """
 
 import tomllib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def change(plan: dict, rule: Rule, factor: float) -> list[str]:
     return [] if factor == 1 else [f"--set {rule.rate}={own_rate(plan, rule) * factor:.6g}"]
 
 
-def tuning(plan: dict, options: Any) -> None:
+def tuning(plan: dict, options: Namespace) -> None:
     """Fill in the arms of the tuning: every rule with every learning rate. The control is the baseline's."""
     factors, rules = read_rules(options.rules)
     for rule in rules:
@@ -75,7 +76,7 @@ def tuning(plan: dict, options: Any) -> None:
             ))
 
 
-def comparison(plan: dict, options: Any) -> None:
+def comparison(plan: dict, options: Namespace) -> None:
     """Fill in the arms of the comparison: every rule with the factor in options.chosen.
 
     Every run validates often enough to tell the step at which it reaches a loss.

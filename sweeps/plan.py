@@ -6,12 +6,13 @@ A plan is a plain dict, written once as plan.json. An arm is {label, record, cha
 first arm is the control.
 """
 
+import argparse
 import itertools
 from pathlib import Path
 
 from common import errors, repository
 from common.errors import UserError
-from settings import deltas, schema
+from settings import Settings, deltas, schema
 from settings.declare import BEFORE, REFUSE, lookup
 from settings.numerics import NUMERICS_VERSION
 
@@ -20,12 +21,12 @@ AXES = ("model", "optim", "schedule", "data", "numerics")
 SCREEN_FROM = 4  # features a group from which screening is worth its runs
 
 
-def flags_of(plan, arm):
+def flags_of(plan: dict, arm: dict) -> list[tuple[str, str]]:
     """The arm's changes as (flag, value) pairs, those of the whole sweep first."""
     return [tuple(change.split(" ", 1)) for change in [*plan["common"], *arm["changes"]]]
 
 
-def resolve(plan, arm):
+def resolve(plan: dict, arm: dict) -> deltas.Resolved:
     """deltas.Resolved of an arm."""
     values = {flag: [] for flag in ("--set", "--with", "--without", "--revert")}
     for flag, value in flags_of(plan, arm):
@@ -36,7 +37,7 @@ def resolve(plan, arm):
     )
 
 
-def make_arm(plan, label, record, changes, role="arm", **more):
+def make_arm(plan: dict, label: str, record: str, changes: list[str], role: str = "arm", **more) -> dict:
     """An arm, resolved: UserError if its changes are wrong. changes: flags like "--without model.norm"."""
     out = {"label": label, "record": record, "changes": changes, "role": role, **more}
     resolved = resolve(plan, out)
@@ -45,17 +46,17 @@ def make_arm(plan, label, record, changes, role="arm", **more):
     return out
 
 
-def compared_with(plan, arm):
+def compared_with(plan: dict, arm: dict) -> dict:
     """The arm that an arm is measured against: the control, or in a chain its parent."""
     return next((a for a in plan["arms"] if a["label"] == arm.get("parent")), plan["arms"][0])
 
 
-def is_inert(plan, arm):
+def is_inert(plan: dict, arm: dict) -> bool:
     """True if an arm computes what its control computes."""
     return arm["ml_hash"] == compared_with(plan, arm)["ml_hash"]
 
 
-def pairs_of(plan):
+def pairs_of(plan: dict) -> list[tuple[dict, dict]]:
     """[(arm, what it is compared with)] of the arms that differ from it; arms of equal settings are compared
     once."""
     seen, out = set(), []
@@ -66,7 +67,7 @@ def pairs_of(plan):
     return out
 
 
-def has_one_control(plan):
+def has_one_control(plan: dict) -> bool:
     """Whether every comparison is with the control: then more runs of it serve all, if arms are compared by
     their means."""
     return plan["kind"] != "chain" or all(other is plan["arms"][0] for _, other in pairs_of(plan))
@@ -74,7 +75,7 @@ def has_one_control(plan):
 
 # ----- ablate -----------------------------------------------------------------------------------------------
 
-def features(plan, wanted):
+def features(plan: dict, wanted: list[str]) -> list[str]:
     """Paths of the features to switch off, in the order of the vocabulary: what the chain's records set, and
     all switches.
 
@@ -100,19 +101,19 @@ def features(plan, wanted):
     return [path for path in schema.fields() if path in out] if wanted else every
 
 
-def is_off(s, field):
+def is_off(s: Settings, field: schema.Field) -> bool:
     """Whether a setting has the value that `--without` gives where that is a fixed one, or lies below
     something off."""
     value, off = lookup(s, field.path), field.metadata["off"]
     return value is None or (off not in (BEFORE, REFUSE) and value == off)
 
 
-def set_by_scale(scale, field):
+def set_by_scale(scale: str, field: schema.Field) -> bool:
     """Whether a scale turns a switch on or off, which overrules `--without`."""
     return scale != "full" and field.type is bool and bool(field.metadata["shrink"])
 
 
-def ablation(plan, options):
+def ablation(plan: dict, options: argparse.Namespace) -> None:
     """The control, the groups if screening pays, and every feature; what cannot be switched off goes to
     `skipped`."""
     plan["arms"] = [make_arm(plan, plan["base"], plan["base"], [], "control")]
@@ -140,7 +141,7 @@ def ablation(plan, options):
     plan["arms"] += members
 
 
-def grouped(paths):
+def grouped(paths: list[str]) -> dict[str, list[str]]:
     """{section: paths} of the features' sections; one that would hold a single feature joins the section
     above."""
     groups = {}
@@ -152,7 +153,7 @@ def grouped(paths):
     return {name: paths for name, paths in sorted(groups.items()) if len(paths) > 1}
 
 
-def add_group(plan, name, paths, members):
+def add_group(plan: dict, name: str, paths: list[str], members: list[dict]) -> None:
     """An arm with all of a group's features off at once; if these contradict each other the members go
     without one."""
     off = [p for p in paths if not any(q in paths for q in schema.prefixes(p))]  # what lies below goes along
@@ -167,7 +168,7 @@ def add_group(plan, name, paths, members):
             member |= {"role": "member", "group": name}
 
 
-def why_screening(plan, asked, groups):
+def why_screening(plan: dict, asked: bool | None, groups: dict[str, list[str]]) -> str:
     """Why groups are, or are not, screened before their members."""
     total = sum(map(len, groups.values()))
     if plan["groups"]:
@@ -185,7 +186,7 @@ def why_screening(plan, asked, groups):
 
 # ----- axis -------------------------------------------------------------------------------------------------
 
-def axis(plan, options):
+def axis(plan: dict, options: argparse.Namespace) -> None:
     """The control and every combination of the axes' values."""
     axes = {}
     for text in options.axes:
@@ -205,7 +206,7 @@ def axis(plan, options):
         raise UserError(f"axis: {next(x for x in labels if labels.count(x) > 1)} is given twice")
 
 
-def split(text):
+def split(text: str) -> list[str]:
     """Values of `path=a,b,...`: what lies between commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for c in text.partition("=")[2]:
@@ -222,7 +223,7 @@ def split(text):
 
 # ----- chain ------------------------------------------------------------------------------------------------
 
-def chain(plan, options):
+def chain(plan: dict, options: argparse.Namespace) -> None:
     """Every record from the first to the last, or of a whole lineage, each compared with its parent."""
     first, dots, last = options.base.partition("..")
     if dots and last:
@@ -240,7 +241,7 @@ def chain(plan, options):
         )
 
 
-def between(first, last):
+def between(first: str, last: str) -> tuple[str, list[tuple[deltas.Record, str | None]]]:
     """("FIRST..LAST", [(record, ref of its parent, None for the first)]) of the records from one to a
     descendant."""
     name, first, last = f"{first}..{last}", deltas.find_record(first), deltas.find_record(last)
@@ -253,7 +254,7 @@ def between(first, last):
     ]
 
 
-def whole_lineage(lineage):
+def whole_lineage(lineage: str) -> list[tuple[deltas.Record, str | None]]:
     """[(record, ref of what it is compared with)]: the control (None), then a lineage's records that have a
     parent.
 
@@ -277,7 +278,7 @@ def whole_lineage(lineage):
     return [(records[ref], parent) for ref, parent in out.items()]
 
 
-def within_seeds(options):
+def within_seeds(options: argparse.Namespace) -> bool:
     """Whether effects are differences within seeds: the default, unless more runs of the control are asked
     for, which only a comparison of means can use. Decided here, before the first run."""
     if options.paired is None:
@@ -287,7 +288,7 @@ def within_seeds(options):
 
 # ----- the plan ---------------------------------------------------------------------------------------------
 
-def make_plan(options):
+def make_plan(options: argparse.Namespace) -> dict:
     """The whole sweep from the command line, everything resolved and checked; UserError if anything is
     wrong."""
     if options.seeds < 1 or (options.controls is not None and options.controls < options.seeds):
@@ -339,7 +340,7 @@ def make_plan(options):
     return plan
 
 
-def digests(plan, settings):
+def digests(plan: dict, settings: dict[str, Settings]) -> dict[str, dict[str, str]]:
     """{ml_hash: corpus_digest and val_digest} that the runs must have; UserError if the data cannot serve
     them.
 

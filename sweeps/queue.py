@@ -25,7 +25,9 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import files, untrusted
@@ -48,7 +50,7 @@ STALE_S = 120
 
 # ----- files ------------------------------------------------------------------------------------------------
 
-def write_once(path, text):
+def write_once(path: Path | str, text: str) -> bool:
     """Create a file whole with this text; False if it exists already."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -71,7 +73,9 @@ def write_once(path, text):
             temporary.unlink()
 
 
-def read_json(path, remedy="move it away to have its target run again", needs=()):
+def read_json(
+    path: Path | str, remedy: str = "move it away to have its target run again", needs: Sequence[str] = ()
+) -> dict | None:
     """The object in a JSON file, None if the file is absent. UserError if it is damaged, no object, or lacks
     one of the keys `needs`."""
     try:
@@ -87,7 +91,7 @@ def read_json(path, remedy="move it away to have its target run again", needs=()
     return found
 
 
-def create(root, plan):
+def create(root: Path | str, plan: dict) -> bool:
     """Make the queue folder; if it holds the same sweep already, go on with that.
     Returns True if it is new."""
     root = Path(root)
@@ -111,14 +115,14 @@ def create(root, plan):
     return False
 
 
-def essence(plan, key):
+def essence(plan: dict, key: str) -> Any:
     """What a plan says about a key, without the words for people."""
     if key == "arms":
         return [{k: v for k, v in arm.items() if k != "report"} for arm in plan[key]]
     return plan.get(key)
 
 
-def load_plan(root):
+def load_plan(root: Path | str) -> dict:
     """The plan of a queue folder, checked against what this checkout computes."""
     lost = "a sweep whose plan is lost must be planned anew in another --dir"
     plan = read_json(Path(root) / "plan.json", lost)
@@ -142,12 +146,12 @@ def load_plan(root):
     return plan
 
 
-def plan_hash(root):
+def plan_hash(root: Path | str) -> str:
     """SHA-256 of plan.json."""
     return hashlib.sha256((Path(root) / "plan.json").read_bytes()).hexdigest()
 
 
-def program():
+def program() -> dict[str, str]:
     """The facts of this checkout and machine that all runs of a sweep share: PROGRAM."""
     here = runlog.machine()
     try:
@@ -157,7 +161,7 @@ def program():
     return {"sources": runlog.sources()[1], "torch": torch, "cpu": here["cpu"]}
 
 
-def seal(root):
+def seal(root: Path | str) -> dict:
     """Before a run starts: write down the plan's hash and the program, or refuse if another one has started.
 
     The first run of a sweep decides; UserError names what differs from it."""
@@ -171,7 +175,7 @@ def seal(root):
     return sealed
 
 
-def check_code(plan):
+def check_code(plan: dict) -> None:
     """Refuse to add runs with code that computes something else than the plan says."""
     if plan["numerics_version"] != NUMERICS_VERSION:
         raise UserError(
@@ -187,18 +191,18 @@ def check_code(plan):
 
 # ----- targets ----------------------------------------------------------------------------------------------
 
-def name_of(arm, seed):
+def name_of(arm: dict, seed: int) -> str:
     """The file name of an arm with a seed."""
     return f"{arm['ml_hash']}_s{seed}"
 
 
-def seeds_of(plan, arm):
+def seeds_of(plan: dict, arm: dict) -> range:
     """The seeds that an arm runs with."""
     first = plan.get("first_seed", 0)
     return range(first, first + (plan["controls"] if arm["role"] == "control" else plan["seeds"]))
 
 
-def targets(plan, survivors=None):
+def targets(plan: dict, survivors: dict | None = None) -> list[tuple[str, dict, int]]:
     """[(target, arm, seed)] in the order of execution: seed by seed, the control first,
     what shares a run once.
 
@@ -218,7 +222,9 @@ def targets(plan, survivors=None):
     return [(name, arm, seed) for name, (arm, seed) in out.items()]
 
 
-def settled(root, known=({}, {})):
+def settled(
+    root: Path | str, known: tuple[dict[str, dict], dict[str, dict]] = ({}, {})
+) -> tuple[dict[str, dict], dict[str, dict]]:
     """({target: result}, {target: failure}) so far. known: an earlier answer, whose files are not read."""
     out = []
     for folder, old, needs in zip(("done", "failed"), known, (RESULT, ("reason", "output", "arm", "seed"))):
@@ -231,7 +237,7 @@ def settled(root, known=({}, {})):
     return tuple(out)
 
 
-def survivors(root):
+def survivors(root: Path | str) -> dict | None:
     """What screening left over, None before it has."""
     found = read_json(Path(root) / "survivors.json", "move it away to have the groups screened again",
                       ["kept", "dropped", "mde"])
@@ -243,7 +249,7 @@ def survivors(root):
 
 # ----- claims -----------------------------------------------------------------------------------------------
 
-def place():
+def place() -> str:
     """Where a process id means something: this boot and this process namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
@@ -252,7 +258,7 @@ def place():
         return f"{os.uname().nodename} since {os.uname().version}"
 
 
-def born(pid):
+def born(pid: int) -> int | None:
     """Start of a process in clock ticks, or None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -269,13 +275,13 @@ def born(pid):
         return None
 
 
-def identity():
+def identity() -> dict[str, str | int | None]:
     """Who this process is, so that another worker can tell whether it still lives."""
     pid = os.getpid()
     return {"host": os.uname().nodename, "place": place(), "pid": pid, "born": born(pid)}
 
 
-def server_time(root):
+def server_time(root: Path | str) -> float:
     """Now by the clock of the disk's server, which is the one that stamps the heartbeats."""
     path = Path(root) / "workers" / f"{os.uname().nodename}.{os.getpid()}"
     path.touch()
@@ -283,12 +289,12 @@ def server_time(root):
     return path.stat().st_mtime
 
 
-def claim_path(root, target, number):
+def claim_path(root: Path | str, target: str, number: int) -> Path:
     """The file that holds a target for one worker."""
     return Path(root) / "claims" / f"{target}.{number}"
 
 
-def last_claim(root, target):
+def last_claim(root: Path | str, target: str) -> int:
     """Number of the newest claim on a target; 0 if there is none."""
     number = 0
     while claim_path(root, target, number + 1).exists():
@@ -296,7 +302,7 @@ def last_claim(root, target):
     return number
 
 
-def is_stale(root, target, number, stale_s=STALE_S):
+def is_stale(root: Path | str, target: str, number: int, stale_s: float = STALE_S) -> bool:
     """Whether a claim's heartbeat is too old, or its process is known to be gone."""
     # opening fetches fresh attributes on NFS
     with open(claim_path(root, target, number), encoding="utf-8") as file:
@@ -313,7 +319,7 @@ def is_stale(root, target, number, stale_s=STALE_S):
     return born(owner["pid"]) != owner.get("born")
 
 
-def claim(root, target, stale_s=STALE_S):
+def claim(root: Path | str, target: str, stale_s: float = STALE_S) -> tuple[int, str] | None:
     """(number, hash of the claim) if the target is now ours, else None."""
     number = last_claim(root, target)
     if number and not is_stale(root, target, number, stale_s):
@@ -324,18 +330,18 @@ def claim(root, target, stale_s=STALE_S):
     return number + 1, hashlib.sha256(text.encode()).hexdigest()
 
 
-def beat(root, target, number):
+def beat(root: Path | str, target: str, number: int) -> bool:
     """Renew a claim; False if somebody has taken the target over."""
     os.utime(claim_path(root, target, number))
     return not claim_path(root, target, number + 1).exists()
 
 
-def release(root, target, number):
+def release(root: Path | str, target: str, number: int) -> None:
     """Give a claim back: a heartbeat of 1970 is stale for everybody."""
     os.utime(claim_path(root, target, number), (0, 0))
 
 
-def utc():
+def utc() -> str:
     """The present time in ISO form."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -348,7 +354,7 @@ FACTS = ("record", "seed", "scale", "changes", "ml_hash", "numerics_version", "c
 ALIKE = ("sources", "torch", "device", "cpu", "processes")
 
 
-def read_run(folder):
+def read_run(folder: Path | str) -> dict[str, Any]:
     """Facts of a complete run from its checked chain; UserError if it is not one."""
     links = runlog.read_links(Path(folder) / "run.jsonl")
     start, end = links[0][0], links[-1][0]
@@ -367,7 +373,7 @@ def read_run(folder):
         raise UserError(f"{folder}: its log lacks {error}") from None
 
 
-def foreign(run, plan, arm, seed):
+def foreign(run: dict, plan: dict, arm: dict, seed: int) -> str:
     """Why a run is not one of this arm and seed; '' if it is."""
     digests = plan["digests"][arm["ml_hash"]]
     wanted = {
@@ -378,7 +384,7 @@ def foreign(run, plan, arm, seed):
                 "")
 
 
-def unlike(run, others):
+def unlike(run: dict, others: Sequence[dict]) -> str:
     """Why a run is of another program or kind of machine than the other results; '' if it is not."""
     for other in others:
         for key in ALIKE:
@@ -388,7 +394,7 @@ def unlike(run, others):
     return ""
 
 
-def verified(root, plan, done):
+def verified(root: Path | str, plan: dict, done: dict[str, dict]) -> None:
     """Refuse results that are not what the chained log of their run says, or that are of several programs.
 
     done: {target: result} of settled()."""
@@ -415,7 +421,9 @@ def verified(root, plan, done):
         first = first or [run | {"arm": result["arm"]}]
 
 
-def find_run(folders, plan, arm, seed, others=()):
+def find_run(
+    folders: list[Path], plan: dict, arm: dict, seed: int, others: Sequence[dict] = ()
+) -> tuple[Path, dict] | None:
     """(path, facts) of a finished run of this arm and seed in any of the folders, or None. others: results
     whose program it must have."""
     for folder in folders:
@@ -429,7 +437,7 @@ def find_run(folders, plan, arm, seed, others=()):
     return None
 
 
-def reuse_folders(root, reuse):
+def reuse_folders(root: Path | str, reuse: Sequence[Path | str]) -> list[Path]:
     """Where finished runs may lie: the queue's own runs (a worker may die before it records one),
     then --reuse."""
     out = [Path(root) / "runs"]
@@ -440,7 +448,9 @@ def reuse_folders(root, reuse):
     return out
 
 
-def adopt(root, plan, target, arm, seed, folders):
+def adopt(
+    root: Path | str, plan: dict, target: str, arm: dict, seed: int, folders: list[Path]
+) -> dict | None:
     """Settle a target with a finished run that exists already; its folder and sources are copied.
     Returns it or None."""
     others = list(settled(root)[0].values())[:1] or [
@@ -471,7 +481,7 @@ def adopt(root, plan, target, arm, seed, folders):
         files.json_text(result, indent=1) + "\n") else None
 
 
-def retry(root):
+def retry(root: Path | str) -> int:
     """Move failures aside so that their targets run again. Returns how many."""
     moved = 0
     for path in files.listed(Path(root) / "failed", "*.json"):

@@ -12,6 +12,7 @@ holds 0 is `unresolved (+-half width)` and has no rank.
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import runlog
 from common import files, untrusted
@@ -31,17 +32,17 @@ COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low
 
 # ----- from runs to effects ---------------------------------------------------------------------------------
 
-def runs_of(plan, arm, done):
+def runs_of(plan: dict, arm: dict, done: dict[str, dict]) -> list[dict]:
     """The settled runs of an arm, by seed."""
     return [done[name] for seed in queue.seeds_of(plan, arm) if (name := queue.name_of(arm, seed)) in done]
 
 
-def losses(runs):
+def losses(runs: list[dict]) -> list[float]:
     """Final losses of the runs that finished."""
     return [r["val_loss"] for r in runs if r["status"] == "finished"]
 
 
-def effects(plan, done):
+def effects(plan: dict, done: dict[str, dict]) -> dict[str, Any]:
     """Analysis of the runs so far: {"pooled_sd", "df", "rows": {ml_hash: row}} of the pairs that have losses.
 
     Within seeds (plan["paired"]) only arms with a loss at every seed take part: a seed at which an arm
@@ -59,7 +60,7 @@ def effects(plan, done):
     return statistics.successive(arms, named, plan["confidence"], plan["paired"])
 
 
-def typical_sd(found, paired):
+def typical_sd(found: dict, paired: bool) -> float | None:
     """The sd that the detectable effect is told for: median sd of the differences within seeds, or the sd
     within arms if arms are compared by their means. None without a spread."""
     if not paired:
@@ -68,7 +69,7 @@ def typical_sd(found, paired):
     return spreads[len(spreads) // 2] if spreads else None
 
 
-def detectable(plan, sd):
+def detectable(plan: dict, sd: float | None) -> float | None:
     """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure, or None
     without a spread. sd: as typical_sd."""
     n, n_control = plan["seeds"], plan["seeds"] if plan["paired"] else plan["controls"]
@@ -80,7 +81,7 @@ def detectable(plan, sd):
         return None
 
 
-def screen(plan, done):
+def screen(plan: dict, done: dict[str, dict]) -> dict[str, Any]:
     """Which groups' members are worth runs of their own: {"kept": [group], "dropped": [group], "mde": ...}.
 
     A group is dropped if its interval holds 0 and lies within +-mde: all its members together are worth less
@@ -104,7 +105,10 @@ def screen(plan, done):
 
 # ----- rows -------------------------------------------------------------------------------------------------
 
-def row_of(plan, arm, found, done, failed, survivors, first):
+def row_of(
+    plan: dict, arm: dict, found: dict, done: dict[str, dict], failed: dict[str, dict],
+    survivors: dict | None, first: dict[str, str]
+) -> dict[str, Any]:
     """One row of the evidence; `first`: label of the first arm of each ml_hash."""
     other, same = compared_with(plan, arm), is_inert(plan, arm)
     parent, runs = other["label"], [] if same and plan["kind"] != "chain" else runs_of(plan, arm, done)
@@ -150,20 +154,20 @@ def row_of(plan, arm, found, done, failed, survivors, first):
     }
 
 
-def figures(row):
+def figures(row: dict) -> dict[str, Any]:
     """What a row of the report takes from a row of the statistics. sd_effect: sd of the differences within
     seeds."""
     return {k: row[k] for k in ("effect", "low", "high", "p", "resolved") if k in row} | (
         {"sd_effect": row["sd"]} if row else {})
 
 
-def brief(runs):
+def brief(runs: list[dict]) -> list[dict[str, Any]]:
     """What the report's JSON keeps of each run."""
     return [{k: r[k] for k in ("seed", "val_loss", "train_time_ms", "ml_hash", "last_hash")} |
             ({} if r["status"] == "finished" else {"status": r["status"]}) for r in runs]
 
 
-def collect(root):
+def collect(root: Path | str) -> tuple[dict, dict[str, dict], dict[str, dict], dict | None]:
     """(plan, done, failed, survivors). Every run folder is read again and must be the run that was
     recorded."""
     plan, (done, failed) = queue.load_plan(root), queue.settled(root)
@@ -173,7 +177,9 @@ def collect(root):
     return plan, done, failed, queue.survivors(root)
 
 
-def evidence(plan, done, failed, survivors, name):
+def evidence(
+    plan: dict, done: dict[str, dict], failed: dict[str, dict], survivors: dict | None, name: str
+) -> dict[str, Any]:
     """The sweep as a dict (evidence/results/<name>.json)."""
     found, first = effects(plan, done), {}
     for arm in plan["arms"]:
@@ -208,7 +214,7 @@ def evidence(plan, done, failed, survivors, name):
     }
 
 
-def ranked(found):
+def ranked(found: dict) -> list[tuple[int | None, dict]]:
     """[(rank or None, row)]: resolved rows from the most helpful down, then the others;
     all of a chain in its order."""
     rows, sign = found["rows"], -1 if found["kind"] == "ablate" else 1
@@ -217,7 +223,7 @@ def ranked(found):
     return sorted(out, key=lambda pair: rows.index(pair[1])) if found["kind"] == "chain" else out
 
 
-def effect_text(row):
+def effect_text(row: dict) -> str:
     """'+0.0123 [+0.0040, +0.0206]', 'unresolved (+-0.0083)', or '-' where nothing was measured."""
     if row["effect"] is None:
         return "-"
@@ -232,12 +238,12 @@ def effect_text(row):
 
 # ----- output -----------------------------------------------------------------------------------------------
 
-def number(value, digits=4):
+def number(value: float | None, digits: int = 4) -> str:
     """A number with some digits, or nothing for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def headline(found):
+def headline(found: dict) -> str:
     """Two sentences: what was run where, and how to read the numbers."""
     what = {
         "ablate": "each feature off in turn; a positive effect means that the feature helps",
@@ -269,13 +275,13 @@ def headline(found):
             + (f" {found['restated']}." if found.get("restated") else ""))
 
 
-def table(found):
+def table(found: dict) -> list[tuple[str, ...]]:
     """[(rank, arm, n, mean, effect, note)] as text."""
     return [("" if rank is None else str(rank), row["arm"], str(row["n"]), number(row["mean"]),
              effect_text(row), row["note"]) for rank, row in ranked(found)]
 
 
-def print_table(found, title=None):
+def print_table(found: dict, title: str | None = None) -> None:
     """The table on a terminal or a pipe."""
     from rich import box
     from rich.console import Console
@@ -291,7 +297,7 @@ def print_table(found, title=None):
     console.print(t)
 
 
-def markdown(found):
+def markdown(found: dict) -> str:
     """The report as Markdown."""
     lines = [f"# {found['name']}", "", headline(found), "",
              "| # | arm | n | mean | effect | note |", "|--:|---|--:|--:|---|---|"]
@@ -311,7 +317,7 @@ def markdown(found):
     return "\n".join(lines) + "\n"
 
 
-def write(found, base):
+def write(found: dict, base: Path | str) -> list[Path]:
     """base.json, .csv, .md and .png. Returns the paths."""
     base = Path(base)
     paths = {ext: base.with_name(f"{base.name}.{ext}") for ext in ("json", "csv", "md", "png")}
@@ -329,7 +335,7 @@ def write(found, base):
     return list(paths.values())
 
 
-def draw(found):
+def draw(found: dict) -> bytes:
     """Forest plot as PNG bytes: effect and interval of every measured row. Resolved ones are filled, and blue
     where they help."""
     import matplotlib
@@ -360,7 +366,7 @@ def draw(found):
     return image.getvalue()
 
 
-def report(root, out=None):
+def report(root: Path | str, out: str | None = None) -> tuple[dict[str, Any], list[Path]]:
     """Write the report of a queue folder, or state a written one anew; returns (evidence, paths)."""
     if Path(root).is_file():
         return restate(Path(root), out)
@@ -378,17 +384,17 @@ def report(root, out=None):
 
 # ----- reports that are written already ---------------------------------------------------------------------
 
-def finished(row):
+def finished(row: dict) -> dict[int, float]:
     """{seed: final loss} of a written row; a diverged run has none."""
     return {r["seed"]: r["val_loss"] for r in row["runs"] if r.get("status", "finished") == "finished"}
 
 
-def key_of(row):
+def key_of(row: dict) -> str:
     """What an arm's runs computed: arms of equal settings are one arm to the statistics."""
     return row["runs"][0]["ml_hash"] if row["runs"] else row["arm"]
 
 
-def recomputed(sweep):
+def recomputed(sweep: dict) -> dict[str, Any] | None:
     """statistics.successive of a written report, from the losses in it; None if it compares nothing.
 
     Rows are those that it has an effect for, by key_of."""
@@ -401,7 +407,7 @@ def recomputed(sweep):
                                   bool(sweep.get("paired"))) if pairs else None
 
 
-def restate(path, out=None):
+def restate(path: Path, out: Path | str | None = None) -> tuple[dict[str, Any], list[Path]]:
     """A written report with its effects computed anew from the losses in it; (evidence, paths).
 
     A report of before is compared within seeds, as every sweep shares them; it then says that this was chosen
@@ -436,7 +442,7 @@ def restate(path, out=None):
 
 # ----- what earlier runs tell about the next ones -----------------------------------------------------------
 
-def earlier_sd(plan, folder=None):
+def earlier_sd(plan: dict, folder: Path | str | None = None) -> tuple[float, int, list[str]] | None:
     """(sd, number behind it, names) of the committed sweeps at the plan's scale, with the same changes to all
     arms; None without any.
 

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import runlog
 from common import files
@@ -21,6 +23,9 @@ from common.interrupt import held, hold, is_due
 from settings import schema
 from sweeps import queue
 from sweeps.plan import flags_of, resolve
+
+if TYPE_CHECKING:
+    import submitit
 
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
 # exit codes of the trainer that leave a complete log: reached or no target, missed, diverged
@@ -31,7 +36,7 @@ GRACE_S = 60  # for a run to end its step and its log
 
 # ----- where runs go ----------------------------------------------------------------------------------------
 
-def ask_gpus(what):
+def ask_gpus(what: str) -> list[list[str]]:
     """Rows of cells that nvidia-smi answers; [] if it cannot."""
     try:
         out = subprocess.run(["nvidia-smi", what, "--format=csv,noheader"], capture_output=True, text=True,
@@ -42,7 +47,7 @@ def ask_gpus(what):
             for line in out.stdout.splitlines()] if out.returncode == 0 else []
 
 
-def free_gpus(named):
+def free_gpus(named: str | None) -> list[str]:
     """GPUs to use, as for CUDA_VISIBLE_DEVICES; [] without any.
 
     named: those to use; otherwise the visible ones on which nothing runs.
@@ -61,7 +66,7 @@ def free_gpus(named):
     return free
 
 
-def slots(plan, workers=None, gpus=None):
+def slots(plan: dict, workers: int | None = None, gpus: str | None = None) -> list[dict[str, str]]:
     """Environment variables of each run at a time: a GPU each, or a share of the CPU's threads."""
     s = resolve(plan, plan["arms"][0]).settings
     found = [] if s.system.device == "cpu" else free_gpus(gpus)
@@ -97,7 +102,7 @@ def run_environment(slot: dict) -> dict:
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def tie(parent, niceness):
+def tie(parent: int, niceness: int) -> None:
     """In the child, before the trainer starts: low priority, and death with the worker (on Linux)."""
     if niceness > os.nice(0):
         os.nice(niceness - os.nice(0))
@@ -110,7 +115,10 @@ def tie(parent, niceness):
 class Run:
     """One claimed target and the process that trains it."""
 
-    def __init__(self, root, plan, target, arm, seed, claimed, slot, niceness):
+    def __init__(
+        self, root: Path, plan: dict, target: str, arm: dict, seed: int, claimed: tuple[int, str],
+        slot: dict[str, str], niceness: int
+    ) -> None:
         self.root, self.plan, self.slot = root, plan, slot
         self.target, self.arm, self.seed = target, arm, seed
         self.number, self.registered = claimed
@@ -128,7 +136,7 @@ class Run:
                 command, cwd=runlog.ROOT, env=run_environment(slot), stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, process_group=0, preexec_fn=lambda: tie(parent, niceness))
 
-    def stop(self):
+    def stop(self) -> None:
         """End the process and all it started: politely, so that its log says `interrupted`, then not."""
         self.ask()
         deadline = time.monotonic() + GRACE_S
@@ -138,17 +146,17 @@ class Run:
                 self.process.wait()
             time.sleep(POLL_S)
 
-    def ask(self):
+    def ask(self) -> None:
         """Ask it once: a trainer that is asked twice stops at once."""
         if not self.asked:
             self.asked = True
             self.send(signal.SIGINT)
 
-    def send(self, number):
+    def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def result(self):
+    def result(self) -> tuple[dict | None, str]:
         """(facts of the complete run folder with this claim's hash, '') or (None, why there is none)."""
         why = "it left no complete log"
         for path in reversed(files.listed(self.root / "runs", f"*_{self.arm['ml_hash'][:8]}_s{self.seed}*")):
@@ -162,7 +170,7 @@ class Run:
                 return run, queue.foreign(run, self.plan, self.arm, self.seed) or queue.unlike(run, others)
         return None, why
 
-    def settle(self):
+    def settle(self) -> tuple[str, dict]:
         """Record what the ended process left: a result, or the reason why there is none. Returns (kind,
         value)."""
         code = self.process.returncode
@@ -178,7 +186,7 @@ class Run:
                 output.unlink(missing_ok=True)
         return kind, value
 
-    def reason(self, code):
+    def reason(self, code: int) -> str:
         if code < 0:
             hint = "; out of memory, or somebody killed it" if code == -signal.SIGKILL else ""
             return f"killed by {signal.Signals(-code).name}{hint}"
@@ -197,8 +205,11 @@ class Worker:
     a second with the results so far and [(arm, seed, seconds)].
     """
 
-    def __init__(self, root, slots, *, niceness=10, reuse=(), stale_s=queue.STALE_S, say=print,
-                 tick=lambda *a: None):
+    def __init__(
+        self, root: Path | str, slots: list[dict[str, str]], *, niceness: int = 10,
+        reuse: Sequence[Path | str] = (), stale_s: float = queue.STALE_S, say: Callable[[str], None] = print,
+        tick: Callable[[dict, dict, list], None] = lambda *a: None
+    ) -> None:
         self.root, self.plan = Path(root), queue.load_plan(root)
         queue.check_code(self.plan)
         if (self.root / queue.SEAL).exists():
@@ -208,7 +219,7 @@ class Worker:
         self.free, self.running, self.failures, self.pause_until = list(slots), [], 0, 0.0
         self.done, self.failed, self.todo, self.sources = {}, {}, [], runlog.sources()[1]
 
-    def work(self):
+    def work(self) -> bool:
         """True when all targets are settled, False if it stopped early.
 
         KeyboardInterrupt (of SIGINT, SIGTERM or SIGHUP) stops the runs and gives the claims back.
@@ -235,7 +246,7 @@ class Worker:
             with hold():
                 self.stop()
 
-    def stop(self):
+    def stop(self) -> None:
         """End all runs, in order and at the same time, and give their claims back;
         at once if a signal comes meanwhile."""
         for run in self.running:
@@ -244,7 +255,7 @@ class Worker:
             run.stop()
             queue.release(self.root, run.target, run.number)
 
-    def trouble(self):
+    def trouble(self) -> str:
         """Why no further run should start here; '' if all is well."""
         if self.failures >= FAILURES_IN_A_ROW:
             return (
@@ -257,7 +268,7 @@ class Worker:
                     "(git worktree) keeps a long sweep apart from edits")
         return ""
 
-    def look(self):
+    def look(self) -> list[tuple[str, dict, int]]:
         """Read what is settled; the targets that are not, and not run here."""
         self.done, self.failed = queue.settled(self.root, (self.done, self.failed))
         self.todo = queue.targets(self.plan, queue.survivors(self.root))
@@ -266,7 +277,7 @@ class Worker:
             t for t in self.todo if t[0] not in self.done and t[0] not in self.failed and t[0] not in mine
         ]
 
-    def screened(self):
+    def screened(self) -> bool:
         """Once the groups are settled, write down whose members are run.
         True if there was anything to decide."""
         if not self.plan["groups"] or (self.root / "survivors.json").exists():
@@ -278,7 +289,7 @@ class Worker:
         return True
 
     @held
-    def begin(self, open_):
+    def begin(self, open_: list[tuple[str, dict, int]]) -> bool:
         """Claim the first target that nobody has, and run it, or settle it by a finished run.
         False if all are taken."""
         if open_:
@@ -300,7 +311,7 @@ class Worker:
             return True
         return False
 
-    def attend(self, run):
+    def attend(self, run: Run) -> None:
         """Look after one process: a heartbeat while it runs, its result when it has ended."""
         if run.process.poll() is None:
             if time.monotonic() - run.beaten > self.stale_s / 6:
@@ -324,11 +335,11 @@ class Worker:
             self.say(f"{head}  {loss}  ({time.monotonic() - run.began:.1f} s)")
         self.look()
 
-    def drop(self, run):
+    def drop(self, run: Run) -> None:
         self.running.remove(run)
         self.free.append(run.slot)
 
-    def head(self, arm, seed):
+    def head(self, arm: dict, seed: int) -> str:
         """The beginning of the line on a target that has just been settled: its number, arm and seed."""
         before = sum(t in self.done or t in self.failed for t, _, _ in self.todo)
         return f"[{before + 1}/{len(self.todo)}] {arm['label']}  seed {seed}"
@@ -336,7 +347,7 @@ class Worker:
 
 # ----- other machines ---------------------------------------------------------------------------------------
 
-def executor(launcher, folder):
+def executor(launcher: str, folder: Path) -> "submitit.Executor":
     """submitit's executor for Slurm, or for processes on this machine."""
     import submitit
     if launcher == "slurm" and submitit.SlurmExecutor.affinity() < 0:
@@ -345,7 +356,9 @@ def executor(launcher, folder):
     return (submitit.SlurmExecutor if launcher == "slurm" else submitit.LocalExecutor)(folder=folder)
 
 
-def submit(launcher, root, plan, workers, parameters, arguments):
+def submit(
+    launcher: str, root: Path, plan: dict, workers: int, parameters: list[str], arguments: list[str]
+) -> "list[submitit.Job]":
     """Submit `sweep.py work` jobs; returns submitit's jobs. parameters: "name=value" texts of the executor.
 
     arguments: flags of `sweep.py work`. Each job of a GPU scale gets one GPU unless the parameters say

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from schedule import StepPlan
+from settings import Settings
 from settings.optim import Hyper
 from updates.rows import Rows
+from updates.views import Views
 
 # Elements per pass of the eager rule on the CPU, so that its ten operations work in the cache instead of in
 # memory. The rule is elementwise, so the chunk size does not change a bit of the result.
@@ -19,9 +22,12 @@ LEAST_KEPT = 1e-3  # least share of kept entries by which C-Optim divides
 
 
 def adamw_(
-    p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype,
-    cautious=0.0, strict=False, stretch=None, c_optim=0.0, kept=None
-):
+    p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *, lr: float | torch.Tensor,
+    decay: float, beta1: float | torch.Tensor, beta2: float | torch.Tensor, eps: float,
+    eps_after_correction: bool, correction1: float | torch.Tensor, correction2: float | torch.Tensor,
+    math_dtype: torch.dtype, cautious: float = 0.0, strict: bool = False,
+    stretch: float | torch.Tensor | None = None, c_optim: float = 0.0, kept: torch.Tensor | None = None
+) -> None:
     """One AdamW step in place on p and its moments m, v, elementwise; compiled, one pass over the tensors.
 
     lr, correction1, correction2: numbers or 0-d tensors; correction: 1 - beta^t.
@@ -107,8 +113,8 @@ class AdamW:
         return self.c_optim > 0
 
     @classmethod
-    def of(cls, s, group) -> "AdamW":
-        """The rule for one group (settings.optim.Hyper) of a run."""
+    def of(cls, s: Settings, group: Hyper) -> "AdamW":
+        """The rule for one group of a run."""
         n, cautious = s.numerics, s.optim.adam.cautious_decay
         return cls(
             group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
@@ -118,14 +124,14 @@ class AdamW:
             group if group.slower else None, group.c_optim
         )
 
-    def unit(self, shape, views) -> tuple[int, ...]:
+    def unit(self, shape: tuple[int, ...], views: Views) -> tuple[int, ...]:
         return ()
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         """{name: (shape of one unit, dtype)} for a parameter of this dtype."""
         return {name: (unit, self.state_dtype or dtype) for name in ("exp_avg", "exp_avg_sq")}
 
-    def numbers(self, plan, t: int) -> dict[str, float]:
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
         t = t if self.bias_correction else math.inf  # 1 - beta^t = 1
         if self.group is None:
@@ -136,7 +142,7 @@ class AdamW:
         return {"lr": self.lr * plan.lr_factor, "correction1": 1 - beta1**t, "correction2": 1 - beta2**t,
                 "beta1": beta1, "beta2": beta2, "stretch": n}
 
-    def agreeing(self, g, state, numbers) -> torch.Tensor:
+    def agreeing(self, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict) -> torch.Tensor:
         """How many entries of a gradient have the sign of the first moment that holds it, 0-d int64.
 
         g: a part of a bank's gradient; state: {name: the same part}. Such counts, summed over the parts of a
@@ -149,7 +155,10 @@ class AdamW:
         ]
         return torch.stack(counts).sum()
 
-    def update_(self, p, g, state, numbers, views) -> None:
+    def update_(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict,
+        views: Views | None
+    ) -> None:
         numbers = {"beta1": self.beta1, "beta2": self.beta2, **numbers}
         for tensors in chunks((p, g, state["exp_avg"], state["exp_avg_sq"])):
             adamw_(
@@ -173,17 +182,20 @@ class RowAdam(AdamW):
     by_rows = True
     eager = False
 
-    def unit(self, shape, views) -> tuple[int, ...]:
+    def unit(self, shape: tuple[int, ...], views: Views) -> tuple[int, ...]:
         return tuple(shape[-1:])
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {"row_moment": ((1,), self.state_dtype or dtype)}
 
-    def update_(self, p, g, state, numbers, views) -> None:
+    def update_(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict,
+        views: Views | None
+    ) -> None:
         for tensors in row_chunks((p, g, state["row_moment"])):
             self.update_rows_(*tensors, numbers)
 
-    def update_rows_(self, p, g, moment, numbers) -> None:
+    def update_rows_(self, p: torch.Tensor, g: torch.Tensor, moment: torch.Tensor, numbers: dict) -> None:
         """update_ of rows (N, D) with their second moments (N, 1)."""
         moment.lerp_(self.mean_square(g).to(moment.dtype), 1 - numbers.get("beta2", self.beta2))
         p.copy_(self.moved(p, g, moment, numbers))
@@ -192,7 +204,7 @@ class RowAdam(AdamW):
         """Of each row of g (N, D), (N, 1)."""
         return g.to(self.math_dtype).square().mean(-1, keepdim=True)
 
-    def moved(self, p, g, moment, numbers) -> torch.Tensor:
+    def moved(self, p: torch.Tensor, g: torch.Tensor, moment: torch.Tensor, numbers: dict) -> torch.Tensor:
         """Rows p (N, D) after an update by gradients g (N, D), in `math_dtype`.
 
         moment: second moments (N, 1), this update's gradients included.

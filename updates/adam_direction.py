@@ -2,10 +2,17 @@
 
 from dataclasses import dataclass
 
-from updates.slots import Slot, kept_dtype
+import torch
+
+from schedule import StepPlan
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 
-def adam_direction(g, m, v, beta1: float, beta2: float, eps: float, correction1, correction2):
+def adam_direction(
+    g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, beta1: float, beta2: float, eps: float,
+    correction1: float | torch.Tensor, correction2: float | torch.Tensor
+) -> torch.Tensor:
     """The update of Adam without a learning rate; m and v, its moments, change in place.
 
     correction: 1 - beta^t.
@@ -24,13 +31,13 @@ class AdamDirection(Slot):
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {name: (unit, kept_dtype(dtype)) for name in ("exp_avg", "exp_avg_sq")}
 
-    def numbers(self, plan, t):
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         return {"correction1": 1 - self.beta1**t, "correction2": 1 - self.beta2**t}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         m, v, n = step.state["exp_avg"], step.state["exp_avg_sq"], step.numbers
         g = u.to(m.dtype)
         return adam_direction(

@@ -6,8 +6,12 @@ Claimed with 2540 steps by jn2clark; read in the source of that trainer.
 import math
 from dataclasses import dataclass
 
+import torch
+
+from schedule import StepPlan
 from updates.norms import covariance_step, frobenius
-from updates.slots import Slot, kept_dtype
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 SIDES = ("left", "right")
 
@@ -17,7 +21,7 @@ class KeepBases(Slot):
     """Keeps the bases with which SOAP whitens in this update, and which it refreshes before Annealing."""
     only: tuple = ()
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         if step.numbers["annealing"] < 1:
             step.scratch["bases"] = [step.state[f"soap_{side}_basis"].clone() for side in SIDES]
         return u
@@ -44,16 +48,16 @@ class Annealing(Slot):
     eager = True
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             f"annealing_{side}_covariance": ((n, n), kept) for side, n in zip(SIDES, (rows, cols))
         })
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         return {"annealing": 1.0 if t == 1 else min(max(plan.lr_factor, self.least), 1.0)}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         r = step.numbers["annealing"]
         if r >= 1:
             return u

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from updates.norms import wide
-from updates.slots import Orthogonalise, Slot
+from updates.slots import Orthogonalise, Slot, Step
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Aurora(Slot):
 
     products = True
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         rows, cols = u.shape[-2:]
         if rows == cols or (self.wide_only and rows > cols):
             return self.orthogonalise(u, step)

@@ -2,7 +2,10 @@
 
 import torch
 
+from settings import Settings
 from settings.model import head_dim
+from settings.muon import Muon
+from settings.optim import Hyper
 from updates import soap
 from updates.annealing import Annealing, KeepBases
 from updates.aurora import Aurora
@@ -16,7 +19,7 @@ from updates.row_norm import FadingDecay, RowNorm
 from updates.sinksoap import SinkSoap
 from updates.soda import Soda
 from updates.spectral import DynMuon, MuonSquared, PMuon
-from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Smooth
+from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Slot, Smooth
 from updates.two_averages import TwoAverages
 
 
@@ -25,15 +28,15 @@ SOFT = (0.1091613623, 0.07085664498, 0.05210528973, 0.05457295795, 0.05011334061
         0.05022104481, 0.1053727358, 0.1187323776, 0.1185061091, 0.1185059576, 0.1185059576)
 
 
-def chain(s, group) -> tuple:
-    """The slots that the settings ask for, in their order. group: settings.optim.Hyper."""
+def chain(s: Settings, group: Hyper) -> tuple:
+    """The slots that the settings ask for, in their order."""
     muon = s.optim.muon
     slots = [Muown(muon.muown)] if muon.muown else []
     slots += direction(muon) or orthogonal_momentum(s)
     return (*slots, *scaling(s, group), *geometry(s, group))
 
 
-def orthogonal_momentum(s) -> list:
+def orthogonal_momentum(s: Settings) -> list:
     """Momentum, what whitens it, the orthogonaliser, and what is added to its result."""
     muon = s.optim.muon
     slots = [momentum(muon)]
@@ -61,7 +64,7 @@ def orthogonal_momentum(s) -> list:
     return slots
 
 
-def momentum(muon):
+def momentum(muon: Muon) -> Slot:
     """The slot that keeps the momentum. muon: settings.optim.muon."""
     if two := muon.bi_maxwell:
         return TwoAverages(two.fast_beta, two.slow_beta, two.share, two.start + 1)
@@ -70,7 +73,7 @@ def momentum(muon):
     return Momentum(muon.momentum_ema)
 
 
-def orthogonaliser(s):
+def orthogonaliser(s: Settings) -> Slot:
     """The slot that makes the update orthogonal, or what stands in its place."""
     muon, n = s.optim.muon, s.numerics
     if sink := muon.sinksoap:
@@ -89,7 +92,7 @@ def orthogonaliser(s):
     return plain
 
 
-def scaling(s, group) -> list:
+def scaling(s: Settings, group: Hyper) -> list:
     """NorMuon and its noise, cautious decay and the factors of shape and label."""
     muon, n, slots = s.optim.muon, s.numerics, []
     if normuon := muon.normuon:
@@ -105,7 +108,7 @@ def scaling(s, group) -> list:
     return slots
 
 
-def geometry(s, group) -> list:
+def geometry(s: Settings, group: Hyper) -> list:
     """Slots that look at the parameter as well as at the update, and those that act after the step."""
     muon, slots = s.optim.muon, []
     if cool := muon.annealing:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from updates.slots import Slot
+from updates.slots import Slot, Step
 
 
 def squares(x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +26,7 @@ class Circuit(Slot):
 
     each_matrix = False
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         places = {name: start for name, start, _ in step.views.pieces}
         if "v" not in places:
             return u
@@ -42,11 +42,11 @@ class Circuit(Slot):
         u[:, o] = (d_o + x * w_o).flatten(1, 2).mT
         return u
 
-    def heads(self, *matrices) -> list[torch.Tensor]:
+    def heads(self, *matrices: torch.Tensor) -> list[torch.Tensor]:
         """Matrices (N, H K, D) as (N, H, K, D)."""
         return [x.unflatten(1, (-1, self.head_dim)) for x in matrices]
 
-    def restored(self, x, like) -> torch.Tensor:
+    def restored(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """x (N, H, K, D) with the norm of `like`, over all heads."""
         norms = [torch.linalg.vector_norm(y, dim=(1, 2, 3), keepdim=True) for y in (like, x)]
         return x * (norms[0] / norms[1].clamp_min(1e-12))

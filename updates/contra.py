@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from schedule import StepPlan
 from updates.norms import NORMS, ramp, rescaled, wide
-from updates.slots import Slot
+from updates.slots import Slot, Step
 
 
 def spectral_norm(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
@@ -41,10 +42,10 @@ class Tempered(Slot):
 
     products = True
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         return {"tempered": self.most * ramp(plan.step, self.start, self.end)}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         u, norm = wide(u), NORMS[self.norm]
         d = unit_norm(wide(step.scratch["direction"]), self.norm) - u
         d = d * (self.cap * norm(u) / norm(d).clamp_min(1e-10)).clamp_max(1)
@@ -64,10 +65,10 @@ class Contra(Slot):
 
     products = True
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         return {"contra": self.strength * (1 - ramp(plan.step, 0, self.steps) if self.steps else 1)}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         m, u = unit_norm(wide(step.scratch["direction"]), self.norm), wide(u)
         return rescaled(u - step.numbers["contra"] * m, u, self.norm)
 
@@ -87,9 +88,9 @@ class SoftBlend(Slot):
 
     products = True
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         return {"soft": min(self.most, ramp(plan.step, self.start, self.end))}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         u, soft = wide(u), wide(step.scratch["soft"])
         return rescaled(u.lerp(rescaled(soft, u, self.norm), step.numbers["soft"]), u, self.norm)

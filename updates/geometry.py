@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
+from schedule import StepPlan
 from settings.muon import LateBrake, LateFloor
 from updates.norms import frobenius, inner, ramped
-from updates.slots import Slot
+from updates.slots import Slot, Step
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Hyperball(Slot):
     """
     added: bool = False
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         step.scratch["radius"] = frobenius(step.p)
         return u * (step.scratch["radius"] / self.norm(u)).to(u.dtype)
 
-    def after(self, step) -> None:
+    def after(self, step: Step) -> None:
         step.p.mul_(step.scratch["radius"] / self.norm(step.p))
 
-    def norm(self, x):
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
         # Compiled, of the rows first: with one reduction over both axes the inductor of torch 2.13 cannot
         # compile this chain for a CPU (KeyError in its outer loop fusion).
         if torch.compiler.is_compiling():
@@ -47,11 +48,11 @@ class RadialBrake(Slot):
     keep: float
     late: LateBrake | None = None
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         late, keep = self.late, self.keep
         return {"brake": ramped(keep, late.factor, plan.step, late.start, late.end) if late else keep}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         w = step.p.to(u.dtype)
         c = inner(u, w) / inner(w, w).clamp_min(1e-12)
         return u + (step.numbers["brake"] - 1) * c.clamp_max(0) * w
@@ -68,11 +69,11 @@ class UpdateFloor(Slot):
     per: Literal["matrix", "row"]
     late: LateFloor | None = None
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         late, ratio = self.late, self.ratio
         return {"floor": ramped(ratio, late.ratio, plan.step, late.start, late.end) if late else ratio}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         axes = (-2, -1) if self.per == "matrix" else -1
         w, length = (
             torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp_min(1e-8)
@@ -90,13 +91,13 @@ class RadiusPin(Slot):
     length 1e-8.
     """
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         w = step.p.to(u.dtype)
         b = frobenius(w, 1e-8)
         step.scratch["target"] = (b - step.numbers["lr"] * inner(u, w) / b).clamp_min(1e-8)
         return u
 
-    def after(self, step) -> None:
+    def after(self, step: Step) -> None:
         step.p.mul_(step.scratch["target"] / frobenius(step.p, 1e-8))
 
 
@@ -110,9 +111,9 @@ class LateDecay(Slot):
 
     each_matrix = False
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         step.scratch["decayed"] = u * step.p > 0
         return u
 
-    def after(self, step) -> None:
+    def after(self, step: Step) -> None:
         step.p.sub_(step.scratch["decayed"] * step.p * (step.numbers["lr"] * self.decay))

@@ -9,10 +9,13 @@ from typing import ClassVar
 
 import torch
 
-from settings.optim import HeadEigenbasis, HeadKfac
+from schedule import StepPlan
+from settings import Settings
+from settings.optim import HeadEigenbasis, HeadKfac, Hyper
 from updates.adam import AdamW, adamw_
 from updates.norms import covariance_step, eigenvectors, frobenius, ramp
 from updates.slots import kept_dtype
+from updates.views import Views
 
 INPUTS = "input_covariance"  # state that system.head_inputs fills before an update
 
@@ -31,13 +34,15 @@ class HeadRule:
     def lr(self) -> float:
         return self.adam.lr
 
-    def unit(self, shape, views) -> tuple[int, ...]:
+    def unit(self, shape: tuple[int, ...], views: Views) -> tuple[int, ...]:
         return tuple(shape)
 
-    def moments(self, unit, dtype) -> dict:
+    def moments(self, unit: tuple[int, ...], dtype: torch.dtype) -> dict:
         return {name: (unit, kept_dtype(dtype)) for name in ("exp_avg", "exp_avg_sq")}
 
-    def adam_step(self, p, g, state, numbers) -> None:
+    def adam_step(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict
+    ) -> None:
         """AdamW's step on p by the gradient g."""
         a = self.adam
         adamw_(
@@ -68,19 +73,21 @@ class EigenAdam(HeadRule):
     name = "eigen_adam"
 
     @classmethod
-    def of(cls, s, group) -> "EigenAdam":
-        """The rule for one group (settings.optim.Hyper) of a run."""
+    def of(cls, s: Settings, group: Hyper) -> "EigenAdam":
+        """The rule for one group of a run."""
         return cls(AdamW.of(s, group), s.optim.lm_head.eigenbasis)
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         square = (unit[-1], unit[-1]), kept_dtype(dtype)
         return self.moments(unit, dtype) | {"covariance": square, "basis": square}
 
-    def numbers(self, plan, t: int) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         since, every = plan.step - self.settings.start, self.settings.every
         return self.adam.numbers(plan, t) | {"rotated": since >= 0, "refresh": since % every == 0}
 
-    def update_(self, p, g, state, numbers, views) -> None:
+    def update_(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict, views: Views
+    ) -> None:
         if not numbers["rotated"]:
             self.adam_step(p, g, state, numbers)
             return
@@ -102,7 +109,7 @@ class EigenAdam(HeadRule):
         p.sub_((numbers["lr"] * (u @ q.mT)).to(p.dtype))
 
     @staticmethod
-    def refresh(covariance, basis, m, v) -> None:
+    def refresh(covariance: torch.Tensor, basis: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> None:
         """Take the eigenvectors of the covariance as the basis, and the moments along."""
         new = eigenvectors(covariance)
         turn = known(basis).mT @ new
@@ -138,17 +145,17 @@ class KfacAdam(HeadRule):
     name = "kfac_adam"
 
     @classmethod
-    def of(cls, s, group) -> "KfacAdam":
-        """The rule for one group (settings.optim.Hyper) of a run."""
+    def of(cls, s: Settings, group: Hyper) -> "KfacAdam":
+        """The rule for one group of a run."""
         return cls(AdamW.of(s, group), s.optim.lm_head.kfac)
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         square = (unit[-1], unit[-1]), kept_dtype(dtype)
         return self.moments(unit, dtype) | dict.fromkeys(
             (INPUTS, "fast_covariance", "slow_covariance", "inverse_power"), square
         )
 
-    def numbers(self, plan, t: int) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         settings, step = self.settings, plan.step
         x = ramp(step, settings.apply, settings.full)
         return self.adam.numbers(plan, t) | {
@@ -159,7 +166,9 @@ class KfacAdam(HeadRule):
             "damping": settings.damping_start + x * (settings.damping - settings.damping_start)
         }
 
-    def update_(self, p, g, state, numbers, views) -> None:
+    def update_(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict, views: Views
+    ) -> None:
         settings = self.settings
         if numbers["collect"]:
             fast, slow = (
@@ -174,7 +183,7 @@ class KfacAdam(HeadRule):
         self.adam_step(p, g.to(p.dtype), state, numbers)
 
     @staticmethod
-    def preconditioned(g, inverse, strength: float) -> torch.Tensor:
+    def preconditioned(g: torch.Tensor, inverse: torch.Tensor, strength: float) -> torch.Tensor:
         """The gradient (N, V, D) that Adam gets."""
         length = frobenius(g)
         natural = g @ inverse

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from kernels.rounding import rounded
+from schedule import StepPlan
+from settings import Settings
+from settings.optim import Hyper
 from updates.adam import AdamW, chunks
+from updates.views import Views
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,24 @@ class MasterAdamW(AdamW):
     name = "master_adamw"
 
     @classmethod
-    def of(cls, s, group) -> "MasterAdamW":
-        """The rule for one group (settings.optim.Hyper) of a run."""
+    def of(cls, s: Settings, group: Hyper) -> "MasterAdamW":
+        """The rule for one group of a run."""
         plain = AdamW.of(s, group)
         return cls(**{name: getattr(plain, name) for name in AdamW.__dataclass_fields__},
                    start=s.optim.embed.master)
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         if dtype != torch.bfloat16:
             return super().state(unit, dtype, views)
         return {name: (unit, torch.float32) for name in ("exp_avg", "exp_avg_sq", "master")}
 
-    def numbers(self, plan, t: int) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         return super().numbers(plan, t) | {"has_master": float(plan.step >= self.start)}
 
-    def update_(self, p, g, state, numbers, views) -> None:
+    def update_(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict,
+        views: Views | None
+    ) -> None:
         numbers = dict(numbers)
         has_master = numbers.pop("has_master")
         if "master" not in state:
@@ -47,7 +54,10 @@ class MasterAdamW(AdamW):
             for parts in chunks((p, g, state["exp_avg"], state["exp_avg_sq"], state["master"])):
                 self.update_part_(*parts, has_master, numbers)
 
-    def update_part_(self, p, g, m, v, master, has_master, numbers) -> None:
+    def update_part_(
+        self, p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, master: torch.Tensor,
+        has_master: float | torch.Tensor, numbers: dict
+    ) -> None:
         """update_ of a part of a table. has_master: number or 0-d tensor, 1 or 0."""
         w = p.float() + (master - rounded(master, torch.bfloat16))  # p itself before `start`
         super().update_(w, g.float(), {"exp_avg": m, "exp_avg_sq": v}, numbers, None)

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from schedule import StepPlan
+from settings import Settings
+from settings.optim import Hyper
 from updates import mantissa
 from updates.chain import chain
 from updates.slots import Slot, Step
+from updates.views import Views
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Muon:
     shared = True  # orthogonalising every matrix on every process costs more than gathering parameters
 
     @classmethod
-    def of(cls, s, group) -> "Muon":
-        """The rule for one group (settings.optim.Hyper) of a run."""
+    def of(cls, s: Settings, group: Hyper) -> "Muon":
+        """The rule for one group of a run."""
         slots = chain(s, group)
         return cls(
             group.lr, slots, getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
@@ -38,10 +42,10 @@ class Muon:
             group.weight_decay if s.numerics.matrix_mantissa else 0.0
         )
 
-    def unit(self, shape, views) -> tuple[int, ...]:
+    def unit(self, shape: tuple[int, ...], views: Views) -> tuple[int, ...]:
         return views.unit(shape)
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         """{name: (shape of one unit, dtype)} for a parameter of this dtype."""
         found = {}
         if self.keeps_mantissa and dtype == torch.bfloat16:
@@ -55,14 +59,17 @@ class Muon:
         """Whether the update is neither compiled nor captured in a CUDA graph."""
         return any(slot.eager for slot in self.slots)
 
-    def numbers(self, plan, t: int) -> dict[str, float]:
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
         numbers = {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
         for slot in self.slots:
             numbers |= slot.numbers(plan, t)
         return numbers
 
-    def direction(self, p, g, state, numbers, views, mask=None) -> torch.Tensor:
+    def direction(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict, views: Views,
+        mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The update (N, *unit) before the learning rate. mask: None or (N, 1, ...), where 0 skips a unit.
 
         Nothing may follow the step of such a chain (`follows`).
@@ -71,7 +78,7 @@ class Muon:
             return torch.cat([self.direction(*one) for one in units(p, g, state, numbers, views, mask)])
         return self.chained(Step(p, g, state, numbers, views, "", {}), mask)[0]
 
-    def chained(self, step: Step, mask=None) -> tuple[torch.Tensor, list[Step]]:
+    def chained(self, step: Step, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Step]]:
         """(the update, one Step for each matrix) of a chain that is called for the units of a Step."""
         u, matrices, parts = step.g, None, step.parts()
         for slot in self.slots:
@@ -88,7 +95,7 @@ class Muon:
         u = (u if matrices is None else step.views.join(matrices)).to(self.update_dtype)
         return u if mask is None else u * mask.to(u.dtype), parts
 
-    def apply_(self, p, u, numbers) -> None:
+    def apply_(self, p: torch.Tensor, u: torch.Tensor, numbers: dict) -> None:
         """p <- p - lr u.
 
         With a number lr and float32, product and difference are rounded once, like torch's `add_` with
@@ -100,7 +107,10 @@ class Muon:
         else:
             p.sub_(u, alpha=lr)
 
-    def update_(self, p, g, state, numbers, views, mask=None) -> None:
+    def update_(
+        self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict, views: Views,
+        mask: torch.Tensor | None = None
+    ) -> None:
         if self.one_by_one and len(p) > 1:
             for one in units(p, g, state, numbers, views, mask):
                 self.update_(*one)
@@ -129,7 +139,10 @@ class Muon:
         return [slot for slot in self.slots if type(slot).after is not Slot.after]
 
 
-def units(p, g, state, numbers, views, mask) -> Iterator[tuple]:
+def units(
+    p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], numbers: dict, views: Views,
+    mask: torch.Tensor | None
+) -> Iterator[tuple]:
     """The arguments of an update for each unit of a batch, as views."""
     for i in range(len(p)):
         one = slice(i, i + 1)

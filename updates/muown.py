@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
+from schedule import StepPlan
 from updates.adam_direction import adam_direction
-from updates.slots import Slot, kept_dtype
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 LEAST = 1e-12  # norm of a row
 ZERO_ROWS = 0.33**0.5  # gain and norm at the start of rows of zeros
@@ -22,17 +24,17 @@ class Muown(Slot):
     """
     settings: Any  # settings.muon.Muown
 
-    def axis(self, views) -> int:
+    def axis(self, views: Views) -> int:
         """The axis along which a row, the weights of one output, lies."""
         return -1 if views.orientation == "out_in" else -2
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         shape = list(unit)
         shape[self.axis(views)] = 1
         return {name: (tuple(shape), kept_dtype(dtype))
                 for name in ("gain", "start_norm", "gain_avg", "gain_avg_sq")}
 
-    def numbers(self, plan, t):
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         s = self.settings
         # The norm changes after each update, and the first one leaves it.
         return {"norm_share": min(max(t - 2, 0) / (s.norm_steps - 1), 1.0) ** s.norm_power,
@@ -43,7 +45,7 @@ class Muown(Slot):
         s = self.settings
         return s.norm * {"o": s.o_mul, "c_fc": s.c_fc_mul, "c_proj": s.c_proj_mul}.get(name, 1.0)
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         s, n, axis = step.state, step.numbers, self.axis(step.views)
         gain, start = s["gain"], s["start_norm"]
         g, w = u.to(gain.dtype), step.p.to(gain.dtype)
@@ -63,7 +65,7 @@ class Muown(Slot):
         gain.sub_(n["lr"] * moved)
         return across
 
-    def after(self, step) -> None:
+    def after(self, step: Step) -> None:
         v, gain = step.p.to(step.state["gain"].dtype), step.state["gain"]
         norms = torch.linalg.vector_norm(v, dim=self.axis(step.views), keepdim=True).clamp_min(LEAST)
         step.p.copy_(gain * (v / norms))

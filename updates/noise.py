@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from updates.slots import Slot, kept_dtype
+from schedule import StepPlan
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 BITS = 0xFFFFFFFF
 KEY = "matrix_key"  # state of a rule that optim.Bank fills with keys_of each stored matrix
@@ -65,14 +67,14 @@ class ExplorationNoise(Slot):
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {KEY: ((*unit[:-2], 1, 2), torch.int64)}
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         rise = min(plan.step / self.ramp, 1.0) if self.ramp else 1.0
         return {"noise": self.sigma * rise * max(1 - plan.step / self.end, 0.0), "noise_step": plan.step}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         noise, t = step.numbers["noise"], step.numbers["noise_step"]
         if isinstance(noise, float) and not noise:
             return u

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from updates.slots import Slot, kept_dtype
+from schedule import StepPlan
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 DAMPING = 2.0**-23  # of float32, whatever the precision of the run
 
@@ -42,7 +44,7 @@ class Psgd(Slot):
     eager = True
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         dtype = kept_dtype(dtype)
         own = self.of_each(unit, views, lambda rows, cols: {
             "factor_left": ((rows, rows), dtype), "factor_right": ((cols, cols), dtype),
@@ -50,10 +52,10 @@ class Psgd(Slot):
         })
         return {"exp_avg": (unit, dtype)} | own
 
-    def numbers(self, plan, t):
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         return {"update": t, "correction1": 1 - self.beta1**t}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         s = step.state
         g, left, right = u.to(s["exp_avg"].dtype), s["factor_left"], s["factor_right"]
         if step.numbers["update"] == 1:
@@ -72,7 +74,7 @@ class Psgd(Slot):
             factor.sub_(self.rate / norm_bound(of_a + of_b) * torch.triu(of_a - of_b) @ factor)
         return left.mT @ left @ m @ right.mT @ right
 
-    def begin(self, g, step):
+    def begin(self, g: torch.Tensor, step: Step) -> None:
         """Both factors s I, s = (mean g^4)^(-1/32); the key of each matrix's random numbers."""
         scale = g.pow(4).mean((-2, -1), keepdim=True).clamp_min(1e-24).pow(-1 / 32)
         for name in ("factor_left", "factor_right"):
@@ -82,7 +84,7 @@ class Psgd(Slot):
         keys = torch.tensor([[key_of(matrix)] for matrix in step.p])
         step.state["noise_key"].copy_(keys)
 
-    def draw(self, like: torch.Tensor, step) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, like: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Two Gaussian tensors V and nu like a batch of matrices.
 
         They depend on the matrix and the update alone, not on how many matrices a process has.

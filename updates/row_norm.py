@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from schedule import StepPlan
 from updates.slots import Slot, Step, kept_dtype
 from updates.soap import ATTENTION
+from updates.views import Views
 
 
 def attends(step: Step) -> bool:
@@ -27,16 +31,16 @@ class RowNorm(Slot):
     eps: float
     steps: int
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {"row_square": ((rows, 1), kept)})
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         share = plan.step / self.steps
         betas = {"attn_beta": self.attn + self.rise * share, "mlp_beta": self.mlp + self.rise * share}
         return betas | {f"{name}_correction": 1 - beta ** t for name, beta in betas.items()}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         name = "attn_beta" if attends(step) else "mlp_beta"
         v = step.state["row_square"]
         v.lerp_(u.to(v.dtype).square().mean(-1, keepdim=True), 1 - step.numbers[name])
@@ -56,11 +60,11 @@ class FadingDecay(Slot):
     mlp_power: float
     steps: int
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         left = 1 - plan.step / self.steps
         return {"attn_left": left ** self.attn_power, "mlp_left": left ** self.mlp_power}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         if attends(step):
             decay = self.attn * step.numbers["attn_left"]
         else:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from schedule import StepPlan
 from updates.adam_direction import adam_direction
 from updates.norms import frobenius
-from updates.slots import Slot, kept_dtype
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 
 def inverse_fourth_root(statistics: torch.Tensor, eps: float, pseudo_inverse: bool) -> torch.Tensor:
@@ -46,7 +48,7 @@ class Shampoo(Slot):
     eager = True
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         dtype, names = kept_dtype(dtype), ["statistics", "root"] if self.every > 1 else ["statistics"]
         sides = self.of_each(unit, views, lambda rows, cols: {
             f"{name}_{side}": ((n, n), dtype) for side, n in (("left", rows), ("right", cols))
@@ -54,10 +56,10 @@ class Shampoo(Slot):
         })
         return {name: (unit, dtype) for name in ("exp_avg", "exp_avg_sq")} | sides
 
-    def numbers(self, plan, t):
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         return {"update": t, "correction1": 1 - self.beta1**t, "correction2": 1 - self.beta2**t}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         s, n = step.state, step.numbers
         g = u.to(s["exp_avg"].dtype)
         for side, x in (("left", g @ g.mT), ("right", g.mT @ g)):
@@ -72,7 +74,7 @@ class Shampoo(Slot):
         u = left @ (s["exp_avg"] / n["correction1"]) @ right
         return u * (frobenius(adam) / (frobenius(u) + 1e-16))
 
-    def root(self, s, side, n):
+    def root(self, s: dict[str, torch.Tensor], side: str, n: dict) -> torch.Tensor:
         """The inverse fourth root of one side, new or the last one."""
         if n["update"] % self.every:
             return s[f"root_{side}"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from updates.norms import eigenvectors, frobenius
-from updates.slots import Slot, kept_dtype
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class SinkSoap(Slot):
     eager = True
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "sink_left_covariance": ((rows, rows), kept), "sink_right_covariance": ((cols, cols), kept)
         })
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         left, right = step.state["sink_left_covariance"], step.state["sink_right_covariance"]
         g, m = step.g.to(left.dtype), u.to(left.dtype)
         left.lerp_(g @ g.mT, 1 - self.beta)
@@ -43,7 +44,7 @@ class SinkSoap(Slot):
         x = by_rows @ (r.sqrt() * a * c.mT.sqrt()) @ by_cols.mT
         return x * (math.sqrt(min(x.shape[-2:])) / frobenius(x, 1e-12))
 
-    def balance(self, b) -> tuple[torch.Tensor, torch.Tensor]:
+    def balance(self, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (N, rows, 1) of the rows and (N, cols, 1) of the columns of b (N, rows, cols)."""
         c = torch.ones_like(b[:, :1]).mT
         for _ in range(self.rounds):

@@ -4,12 +4,14 @@
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from kernels.newton_schulz import newton_schulz, schatten4
+from schedule import StepPlan
 from updates.views import Views
 
 
@@ -67,12 +69,12 @@ class Slot:
     products: ClassVar[bool] = False
     only: Any = ()
 
-    def state(self, unit: tuple, dtype: torch.dtype, views: Views) -> dict[str, tuple]:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict[str, tuple]:
         """{name: (shape of one unit, dtype)}, zeros at the start. dtype: of the parameter."""
         return {}
 
-    def numbers(self, plan: Any, t: int) -> dict[str, float]:
-        """Numbers that change from step to step. plan: StepPlan; t: updates of the bank, this one included.
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
+        """Numbers that change from step to step. t: updates of the bank, this one included.
 
         Their names are shared by all slots of a chain.
         """
@@ -89,7 +91,9 @@ class Slot:
         """Whether it acts on the matrix of this name."""
         return not self.only or name in self.only
 
-    def of_each(self, unit: tuple, views: Views, shapes: Any) -> dict[str, tuple]:
+    def of_each(
+        self, unit: tuple[int, ...], views: Views, shapes: Callable[[int, int], dict[str, tuple]]
+    ) -> dict[str, tuple]:
         """A state of its own for each matrix it acts on. shapes: (rows, cols) -> {name: (shape, dtype)}."""
         found = {}
         for which, (rows, cols) in zip(views.names, views.shapes(unit)):
@@ -109,10 +113,10 @@ class Momentum(Slot):
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {"momentum_buffer": (unit, dtype)}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         buffer, momentum = step.state["momentum_buffer"], step.numbers["momentum"]
         g = u.to(buffer.dtype)
         if self.ema:  # M + (1-mu) (g - M), as the originals round it
@@ -143,14 +147,14 @@ class Orthogonalise(Slot):
     soft: tuple = ()  # weights of the iterates in the sum that updates/contra.py blends in
     coefficients: tuple = ()
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         step.scratch["direction"] = u
         x = self.iterated(u)
         if self.soft:
             step.scratch["soft"], x = x[1], x[0]
         return x.to(torch.promote_types(x.dtype, self.least))
 
-    def iterated(self, u):
+    def iterated(self, u: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
         """The orthogonalised u, and the weighted sum of the iterates if there are weights."""
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
@@ -177,14 +181,14 @@ class Smooth(Slot):
     lookahead: bool
     dtype: torch.dtype
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {"smoothed_update": (unit, self.dtype)}
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         x = min(plan.step / self.steps, 1)
         return {"smoothing": (1 - x) * self.start + x * self.coef}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         buffer, s = step.state["smoothed_update"], step.numbers["smoothing"]
         wide = torch.promote_types(self.dtype, torch.float32)
         v = u.to(self.dtype).to(wide)
@@ -222,12 +226,12 @@ class NorMuon(Slot):
     def products(self) -> bool:
         return self.norm == "schatten4"
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         if not self.square and all(rows == cols for rows, cols in views.shapes(unit)):
             return {}
         return {"second_moment": (views.statistics_shape(unit), dtype)}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         if "second_moment" not in step.state:
             return u
         u = u.to(self.dtype)
@@ -240,7 +244,7 @@ class NorMuon(Slot):
             return (x * factor).view(u.shape)
         return step.views.join([x * factor for x, factor in factors])
 
-    def factor(self, u, moment, axis):
+    def factor(self, u: torch.Tensor, moment: torch.Tensor, axis: int) -> torch.Tensor:
         """Update the second moment of matrices u (N, rows, cols) and return the factor of each neuron.
 
         The factors have size 1 at `axis` and the other sizes of u.
@@ -270,7 +274,7 @@ class CautiousDecay(Slot):
 
     each_matrix = False
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         gate = step.state["slow_buffer"] if self.slow else u
         decay = (gate * step.p >= 0) * step.p
         return decay.mul_(step.numbers["lr"] * self.decay).add_(u).to(self.dtype)
@@ -288,7 +292,7 @@ class Scale(Slot):
     kind: str
     mul: float = 1.0
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         return self.mul * FACTORS[self.kind](*step.views.shape(u)) * u
 
 
@@ -299,5 +303,5 @@ class Decay(Slot):
 
     each_matrix = False
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         return u + self.decay * step.p.to(u.dtype)

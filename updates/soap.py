@@ -5,13 +5,15 @@ Track 3, results 14 (MLPs), 16 (trust gate), 20 (values) and 44 (all matrices); 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from schedule import StepPlan
+from settings import Settings
 from settings.muon import SoapTrust
 from updates.norms import eigenvectors, frobenius, inner, ramp, rescaled
-from updates.slots import Slot, kept_dtype
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 ATTENTION = ("q", "k", "qk", "v", "o")  # qk: pairs of heads
 
@@ -47,7 +49,7 @@ class Soap(Slot):
     eager = True
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "soap_left_covariance": ((rows, rows), kept), "soap_right_covariance": ((cols, cols), kept),
@@ -55,7 +57,7 @@ class Soap(Slot):
             "soap_moment": ((rows, cols), kept)
         })
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         found = {"soap_updates": t - 1}
         if self.trust is not None:
             free = ramp(plan.step, self.trust.release_start, self.trust.release_end)
@@ -65,7 +67,7 @@ class Soap(Slot):
                 found["least_trust"] = found["most_trust"] = 1.0
         return found
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         done = step.numbers["soap_updates"]
         g, m = (x.to(step.state["soap_moment"].dtype) for x in (step.g, u))
         out = m if done == 0 else self.whitened(m, g, step)
@@ -78,7 +80,7 @@ class Soap(Slot):
                 self.refresh(covariance, basis, step.state["soap_moment"], side)
         return out
 
-    def whitened(self, m, g, step) -> torch.Tensor:
+    def whitened(self, m: torch.Tensor, g: torch.Tensor, step: Step) -> torch.Tensor:
         """M' (N, rows, cols); updates v."""
         left, right = step.state["soap_left_basis"], step.state["soap_right_basis"]
         rotated, v = left.mT @ m @ right, step.state["soap_moment"]
@@ -93,7 +95,7 @@ class Soap(Slot):
         white = rescaled(white, m, self.norm)
         return self.trusted(white, m, g, step) if self.trust and step.name == "o" else white
 
-    def trusted(self, white, m, g, step) -> torch.Tensor:
+    def trusted(self, white: torch.Tensor, m: torch.Tensor, g: torch.Tensor, step: Step) -> torch.Tensor:
         """M + gate (M' - M) at the norm of M (result 16).
 
         gate = clip((cos(M', M) - agree) / (1 - agree), 0, 1) clip(cos(M', G) / cos(M, G), 0, 1), within two
@@ -104,7 +106,7 @@ class Soap(Slot):
         gate = (agree * align).clamp(step.numbers["least_trust"], step.numbers["most_trust"])
         return rescaled(m + gate * (white - m), m, self.norm)
 
-    def refresh(self, covariance, basis, moment, side: str) -> None:
+    def refresh(self, covariance: torch.Tensor, basis: torch.Tensor, moment: torch.Tensor, side: str) -> None:
         """One subspace iteration, with the columns sorted first. side: left (rows) or right (columns)."""
         shares = (basis * (covariance @ basis)).sum(-2)  # (N, n)
         order = shares.argsort(-1, descending=True)
@@ -115,7 +117,7 @@ class Soap(Slot):
         basis.copy_(torch.linalg.qr(covariance @ sorted_).Q)
 
 
-def slot(s: Any) -> Soap:
+def slot(s: Settings) -> Soap:
     """The slot that the settings ask for."""
     soap, muon = s.optim.muon.soap, s.optim.muon
     return Soap(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from schedule import StepPlan
 from updates.norms import eigenvectors
-from updates.slots import Slot, kept_dtype
+from updates.slots import Slot, Step, kept_dtype
+from updates.views import Views
 
 
 def eigenbasis(statistics: torch.Tensor) -> torch.Tensor:
@@ -31,7 +33,7 @@ class Bases(Slot):
     eager = True  # QR and eigh
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         dtype = kept_dtype(dtype)
         sides = self.of_each(unit, views, lambda rows, cols: {
             f"{name}_{side}": ((n, n), dtype)
@@ -39,7 +41,7 @@ class Bases(Slot):
         })
         return {name: (unit, dtype) for name in ("exp_avg", "exp_avg_sq")} | sides
 
-    def numbers(self, plan, t):
+    def numbers(self, plan: StepPlan, t: int) -> dict[str, float]:
         return {"update": t}
 
 
@@ -53,7 +55,7 @@ class SoapH(Bases):
     beta: float
     eps: float
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         s, beta = step.state, self.beta
         g = u.to(s["exp_avg"].dtype)
         outer = {"left": g @ g.mT, "right": g.mT @ g}
@@ -86,13 +88,13 @@ class KlSoap(Bases):
     start: float
     largest: float
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         roots = self.of_each(unit, views, lambda rows, cols: {
             "root_left": ((rows, 1), kept_dtype(dtype)), "root_right": ((1, cols), kept_dtype(dtype))
         })
         return super().state(unit, dtype, views) | roots
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         s = step.state
         g = u.to(s["exp_avg"].dtype)
         if step.numbers["update"] == 1:  # no step
@@ -111,7 +113,7 @@ class KlSoap(Bases):
         s["exp_avg"].copy_(s["basis_left"].mT @ average @ s["basis_right"])
         return u
 
-    def begin(self, g, s):
+    def begin(self, g: torch.Tensor, s: dict[str, torch.Tensor]) -> None:
         """Statistics and bases of the first gradient."""
         rows, cols = g.shape[-2:]
         for side, x in (("left", g @ g.mT / cols), ("right", g.mT @ g / rows)):
@@ -119,7 +121,7 @@ class KlSoap(Bases):
             s[f"basis_{side}"].copy_(eigenbasis(x))
             s[f"root_{side}"].fill_(self.start**-0.5)
 
-    def observe(self, g, projected, s):
+    def observe(self, g: torch.Tensor, projected: torch.Tensor, s: dict[str, torch.Tensor]) -> None:
         """Add a gradient to the statistics and to the eigenvalues, each side whitened by the other."""
         rows, cols = g.shape[-2:]
         root_left, root_right = s["root_left"].clone(), s["root_right"].clone()

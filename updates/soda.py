@@ -3,7 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from updates.slots import Slot
+import torch
+
+from schedule import StepPlan
+from updates.slots import Slot, Step
+from updates.views import Views
 
 
 @dataclass(frozen=True)
@@ -18,19 +22,19 @@ class Soda(Slot):
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {"initial": (unit, dtype)}
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         x = min(max((plan.step - self.start) / self.steps, 0.0), 1.0)
         fade = 0.5 * (1 + math.cos(math.pi * x)) if x < 1 else 0.0
         return {"soda_pull": min(fade / (plan.step + 2), 1.0), "soda_first": float(t == 1)}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         initial, p = step.state["initial"], step.p
         initial.add_((p - initial) * step.numbers["soda_first"])
         step.scratch["pull"] = step.numbers["soda_pull"] * (p - initial)
         return u
 
-    def after(self, step) -> None:
+    def after(self, step: Step) -> None:
         step.p.sub_(step.scratch["pull"].to(step.p.dtype))

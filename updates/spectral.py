@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from schedule import StepPlan
 from updates.norms import frobenius, wide
-from updates.slots import Orthogonalise, Slot, kept_dtype
+from updates.slots import Orthogonalise, Slot, Step, kept_dtype
+from updates.views import Views
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,10 @@ class MuonSquared(Slot):
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {"entry_moment": (unit, kept_dtype(dtype))}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         v = step.state["entry_moment"]
         v.lerp_(step.g.to(v.dtype).square(), 1 - self.beta2)
         return u / (v.sqrt() + self.eps)
@@ -53,21 +55,21 @@ class PMuon(Slot):
     eager = True
     products = True
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "pmuon_left_covariance": ((rows, rows), kept), "pmuon_right_covariance": ((cols, cols), kept),
             "pmuon_left_basis": ((rows, rows), kept), "pmuon_right_basis": ((cols, cols), kept)
         })
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         return {"pmuon_starts": t == 1}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         x = u.to(step.state["pmuon_left_basis"].dtype)
         return self.power_of(x @ x.mT, "left", step) @ x @ self.power_of(x.mT @ x, "right", step)
 
-    def power_of(self, gram, side, step) -> torch.Tensor:
+    def power_of(self, gram: torch.Tensor, side: str, step: Step) -> torch.Tensor:
         """P (N, n, n) of one side, from U^T U or U U^T. Updates the covariance and its basis in place."""
         covariance, basis = step.state[f"pmuon_{side}_covariance"], step.state[f"pmuon_{side}_basis"]
         if step.numbers["pmuon_starts"]:
@@ -102,11 +104,11 @@ class DynMuon(Slot):
 
     products = True
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         z = (plan.step / self.steps - self.center) / self.width
         return {"power": self.end + (self.start - self.end) / (1 + math.exp(min(z, 700.0)))}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         p, u = step.numbers["power"], wide(u) / self.divisor
         size = frobenius(u) + 1e-7
         x = u / size

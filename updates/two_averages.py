@@ -3,7 +3,11 @@ requests 339 and 341 of modded-nanogpt) and the two rails of record 92, which ca
 
 from dataclasses import dataclass
 
-from updates.slots import Slot
+import torch
+
+from schedule import StepPlan
+from updates.slots import Slot, Step
+from updates.views import Views
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,16 @@ class TwoAverages(Slot):
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
+    def state(self, unit: tuple[int, ...], dtype: torch.dtype, views: Views) -> dict:
         return {"momentum_buffer": (unit, dtype), "slow_buffer": (unit, dtype)}
 
-    def numbers(self, plan, t) -> dict:
+    def numbers(self, plan: StepPlan, t: int) -> dict:
         both = plan.step >= self.first
         return {"fast_beta": self.fast_beta if both else plan.momentum,
                 "slow_beta": self.slow_beta if both or self.always_slow else plan.momentum,
                 "share": self.share if both else 0.0}
 
-    def __call__(self, u, step):
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
         fast, slow, n = step.state["momentum_buffer"], step.state["slow_buffer"], step.numbers
         g = u.to(fast.dtype)
         fast.lerp_(g, 1 - n["fast_beta"])

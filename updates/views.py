@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from settings import Settings
 from settings.model import query_dim
 
 
@@ -101,7 +102,7 @@ class Views:
         return (rows, cols) if self.orientation == "out_in" else (cols, rows)
 
 
-def mark_depth(s: Any, blocks: Iterable[torch.nn.Module]) -> None:
+def mark_depth(s: Settings, blocks: Iterable[torch.nn.Module]) -> None:
     """Give the parameters of each block their depth, if a slot of the settings treats layers differently."""
     blocks = list(blocks) if s.optim.muon and s.optim.muon.fading_decay else []
     for i, block in enumerate(blocks):
@@ -113,7 +114,7 @@ def mark_depth(s: Any, blocks: Iterable[torch.nn.Module]) -> None:
 PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}
 
 
-def qkvo(s) -> Views:
+def qkvo(s: Settings) -> Views:
     """Views of q, k, v, o in one parameter (4, D, D).
 
     For Muon q, k, v are one matrix (3D, D), unless optim.muon.split_qkv.
@@ -128,7 +129,7 @@ def qkvo(s) -> Views:
     )
 
 
-def qk(s) -> Views:
+def qk(s: Settings) -> Views:
     """Views of q and k in one parameter (2, H K, D), apart from v and o.
 
     With optim.muon.head_pairs each pair of adjacent heads is one matrix (2K, D). Its statistics per neuron
@@ -141,28 +142,28 @@ def qk(s) -> Views:
     return Views(variance_axis=-1 if rows >= s.model.model_dim else -2, rows=rows, name="qk")
 
 
-def v(s) -> Views:
+def v(s: Settings) -> Views:
     """Views of v (D, D), apart from q and k."""
     return Views(variance_axis=qkvo(s).variance_axis, name="v")
 
 
-def o(s) -> Views:
+def o(s: Settings) -> Views:
     """Views of o (D, D), apart from q and k. Record 90 stores it as (inputs, outputs)."""
     normuon = s.optim.muon and s.optim.muon.normuon
     return Views(variance_axis=-2 if normuon and normuon.o_input else qkvo(s).variance_axis, name="o")
 
 
-def c_fc(s) -> Views:
+def c_fc(s: Settings) -> Views:
     """Views of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
     return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation, name="c_fc")
 
 
-def c_proj(s) -> Views:
+def c_proj(s: Settings) -> Views:
     """Views of the second matrix of an MLP (D, F); its neurons are its columns, the hidden units."""
     return Views(variance_axis=-2, name="c_proj")
 
 
-def gate(s) -> Views:
+def gate(s: Settings) -> Views:
     """Views of a gate (outputs, channels)."""
     normuon = s.optim.muon and s.optim.muon.normuon
     return Views(variance_axis=PER_CHANNEL[normuon.gates] if normuon else -1)

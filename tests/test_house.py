@@ -1,5 +1,5 @@
 """Laws of the house: what may import what, how long files, functions and lines may be, and that public parts
-say what they do.
+say what they do and of which types.
 
 Files that do not keep a limit yet stand in house_debts.toml with their count, which may fall and never rise.
 `python tests/test_house.py` writes the present counts there where they are lower.
@@ -186,6 +186,40 @@ def undocumented(file: str) -> int:
     return sum(not node.name.startswith("_") and not ast.get_docstring(node) for node in parts)
 
 
+def untyped(file: str) -> int:
+    """Public functions and methods without the types of all arguments and of the result.
+
+    What Triton compiles is left out, because it reads the annotations, and autograd's functions, whose `ctx`
+    has no type.
+    """
+    def methods(node):
+        autograd = any(re.fullmatch(r"(.*\.)?Function", ast.unparse(base)) for base in node.bases)
+        return [] if autograd else [part for part in node.body if isinstance(part, ast.FunctionDef)]
+
+    body, left_out = tree(file).body, compiled_by_triton(file)
+    parts = [(node, False) for node in body if isinstance(node, ast.FunctionDef)]
+    parts += [(part, True) for node in body if isinstance(node, ast.ClassDef) for part in methods(node)]
+    return sum(not typed(node, of_class) for node, of_class in parts
+               if not re.match(r"_(?!_)", node.name) and node.name not in left_out)
+
+
+def compiled_by_triton(file: str) -> set[str]:
+    """Names of the functions that a file gives to triton.jit."""
+    calls = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Call)
+             and "triton.jit" in (ast.unparse(node.func), *map(ast.unparse, node.args))]
+    return {name.id for call in calls for name in ast.walk(call) if isinstance(name, ast.Name)}
+
+
+def typed(node: ast.FunctionDef, of_class: bool) -> bool:
+    """Whether a function says the types of its arguments, but for `self`, and of its result."""
+    named = [*node.args.posonlyargs, *node.args.args]
+    static = any(ast.unparse(part) == "staticmethod" for part in node.decorator_list)
+    if of_class and not static:
+        named = named[1:]
+    result = node.returns is not None or node.name == "__init__"
+    return result and all(part.annotation for part in [*named, *node.args.kwonlyargs])
+
+
 def packed_lines(file: str) -> int:
     """Lines with more than one statement."""
     packed = 0
@@ -208,7 +242,7 @@ def old_words(file: str) -> int:
 
 LIMITS = {
     rule.__name__: rule
-    for rule in (long_file, long_functions, wide_lines, undocumented, packed_lines, old_words)
+    for rule in (long_file, long_functions, wide_lines, undocumented, untyped, packed_lines, old_words)
 }
 
 

@@ -53,7 +53,7 @@ def test_the_bounds_are_what_the_committed_logs_measure():
         shares.append(rests[len(rests) // 2] / (per_token * log.settings.validation.tokens))
         jumps.append(plausible.jump([(v["step"], v["val_loss"]) for v in log.validations]))
     assert 0.3 < max(shares) < 0.5 < off_clock.VALIDATION_AS_TRAINING
-    assert max(jumps) == pytest.approx(0.0122, abs=1e-4) and 2 * max(jumps) <= plausible.JUMP_NATS["tiny"]
+    assert max(jumps) == pytest.approx(0.0180, abs=1e-4) and 2 * max(jumps) <= plausible.JUMP_NATS["tiny"]
 
 
 def test_no_published_curve_jumps_at_its_end():
@@ -70,8 +70,8 @@ def test_no_published_curve_jumps_at_its_end():
 
 
 def test_no_two_committed_runs_are_near_copies_unless_they_compute_the_same():
-    """Records 5 and 6, 32 and 33, and 46 and 47 compute the same at tiny; no other pair comes near the
-    bound."""
+    """Records 5 and 6, 32 and 33, and 46 and 47 compute the same at tiny; no other pair comes within twice
+    the bound."""
     curves = {log.where: plausible.train_losses(log) for log in honest()}
     near, pairs = {}, 0
     for a, b in itertools.combinations(curves, 2):

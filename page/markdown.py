@@ -41,7 +41,7 @@ def index(site: dict) -> str:
         "# Records\n",
         "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs "
         "committed here\nat that scale, at equal tokens, with their number: it checks the harness and says "
-        "nothing about full scale.\nA record that only runs its parent in another way has no run of its own "
+        "little about full scale.\nA record that only runs its parent in another way has no run of its own "
         "and shares its parent's loss.\nBadges: `spec` written from the record's description, `math` equal "
         "to the original in float64, `numerics`\nGPU precision checked, `trained` trained at full scale.\n",
     ]

@@ -69,10 +69,13 @@ def test_a_delta_or_a_log_may_not_give_one_setting_under_both_names(tmp_path):
         schema.from_plain(plain)
 
 
-@pytest.mark.parametrize("ref", ["short/29", "variants/4", "variants/7"])
-def test_a_committed_log_of_former_names_reads_as_its_record_and_keeps_both_hashes(ref, monkeypatch):
-    folder = deltas.find_record(ref).folder / "tiny"
-    start = json.loads((folder / "run.jsonl").read_text(encoding="utf-8").splitlines()[0])
+@pytest.mark.parametrize("ref, file", [
+    ("short/29", "tests/golden/start_short_29.json"),  # of a run that was made anew since
+    ("variants/4", "records/variants/004_moe32k4v3/tiny/run.jsonl"),
+    ("variants/7", "records/variants/007_mla12q/tiny/run.jsonl"),
+])
+def test_a_log_of_former_names_reads_as_its_record_and_keeps_both_hashes(ref, file, monkeypatch):
+    start = json.loads((ROOT / file).read_text(encoding="utf-8").splitlines()[0])
     text = json.dumps(start["settings"])
     assert any(name in text for name in ('"max_document"', '"gate_scale"', '"still"'))
     s = schema.from_plain(start["settings"])

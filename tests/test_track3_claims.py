@@ -274,7 +274,7 @@ def test_the_head_s_inputs_reach_its_rule_from_all_processes_and_forwards():
     hook = next(hook for hook in hooks_of(model, optimizer) if isinstance(hook, HeadInputs))
     seen, step = [], plan(0)
     losses = model.lm_head.losses
-    model.lm_head.losses = lambda x, *more: (seen.append(x.detach()), losses(x, *more))[1]
+    model.lm_head.losses = lambda x, *more, **named: (seen.append(x.detach()), losses(x, *more, **named))[1]
     hook.before_forwards(step)
     small_models.forward_all(optimizer, model, s, x, microbatch=2)
     sampled = torch.cat([x.flatten(0, 1)[::2] for x in seen]).double()

@@ -16,7 +16,6 @@ import json
 import re
 import statistics as middle
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from evidence import (
     arms, compare, fact_laws, ledger, manifest, off_clock, plausible,
     provenance, run_laws, textlog
 )
+from evidence.claim_folder import Evidence
 from evidence.manifest import CLOCK_S, moment
 from evidence.run_laws import alike
 from settings.scales import SCALES
@@ -44,29 +44,6 @@ FILES = (manifest.NAME, ledger.NAME, "record.toml", "code.diff", "results.json",
 FOLDERS = {"runs": (*RUN, "sources-*.txt", "sources-*.txt.xz"), "reproduction": (),
            "upstream": ("*.txt", "README.md", "statistics.md"), **dict.fromkeys(SCALES, RUN)}
 MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; nats
-
-
-@dataclass
-class Evidence:
-    """A claim folder as read. `unknown`: what no log tells.
-
-    logs: run number -> run_laws.Log of a record's run; scripts: run number -> textlog dict of a script's run.
-    """
-    folder: Path
-    claim: manifest.Claim
-    logs: dict = field(default_factory=dict)
-    scripts: dict = field(default_factory=dict)
-    problems: list = field(default_factory=list)
-    unknown: list = field(default_factory=list)
-    ledger: object = None  # ledger.Ledger of its idea
-
-    @property
-    def declaration(self) -> dict | None:
-        return self.claim.declaration
-
-    def of(self, arm: str) -> list[run_laws.Log]:
-        """The logs of all runs of an arm, discarded ones included."""
-        return [self.logs[r.run] for r in self.claim.runs if r.arm == arm and r.run in self.logs]
 
 
 def examine(folder: Path | str) -> Evidence:

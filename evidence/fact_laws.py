@@ -10,10 +10,10 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
 from evidence import arms
+from evidence.claim_folder import Evidence
 from evidence.manifest import Claim
 from evidence.run_laws import Log, alike
 
@@ -22,7 +22,7 @@ WITHIN_AN_ARM = ("fallbacks", "active_parameters", "flops_per_token")
 LATE = "graphs compiled while the clock ran"
 
 
-def check(found: Any) -> Iterator[str]:
+def check(found: Evidence) -> Iterator[str]:
     """Problems of facts that differ between the runs of a claim."""
     logs = list(found.logs.values())
     for key in EVERYWHERE:
@@ -40,7 +40,7 @@ def check(found: Any) -> Iterator[str]:
     yield from check_declared(found)
 
 
-def check_devices(found: Any) -> Iterator[str]:
+def check_devices(found: Evidence) -> Iterator[str]:
     """One device line for all runs, its threads included; only system.reduction=ordered fixes threads itself,
     so that arms which differ in it are held to be alike each by itself."""
     by_arm = {name: found.of(name) for name in found.declaration["arms"]}
@@ -60,7 +60,7 @@ def ordered(log: Log) -> bool:
     return isinstance(system, dict) and system.get("reduction") == "ordered"
 
 
-def check_fallbacks(found: Any) -> Iterator[str]:
+def check_fallbacks(found: Evidence) -> Iterator[str]:
     """The parent may not be slower than its device allows in a way that the new arm is not."""
     if found.declaration["claim"] == "comparison" or not {"new", "parent"} <= set(found.declaration["arms"]):
         return
@@ -78,7 +78,7 @@ def fallbacks(log: Log) -> list[str]:
     return [x for x in told if isinstance(x, str)] if isinstance(told, list) else []
 
 
-def check_declared(found: Any) -> Iterator[str]:
+def check_declared(found: Evidence) -> Iterator[str]:
     """Python, torch and platform are those that were declared before the first run, and so are the variables
     that the runs found."""
     d = found.declaration

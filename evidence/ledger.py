@@ -20,12 +20,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import runlog
 from common import files, untrusted
 from common.errors import UserError
 from common.interrupt import held
+from evidence.claim_folder import Evidence
 from evidence.manifest import CLOCK_S, Claim, Require, moment
 from evidence.plausible import DAY_S, now
 from settings import deltas
@@ -276,7 +276,7 @@ def same_idea(record: deltas.Record) -> str | None:
 
 # ----- of a claim that is verified --------------------------------------------------------------------------
 
-def check(found: Any) -> Iterator[str]:
+def check(found: Evidence) -> Iterator[str]:
     """Problems of a claim's ledger: the chain is whole, this leg is in it as declared, and the rule covers
     it."""
     d, path = found.declaration, found.folder / NAME
@@ -310,7 +310,7 @@ def check(found: Any) -> Iterator[str]:
     yield from check_original(found, ledger, entry)
 
 
-def check_leg(found: Any, ledger: Ledger, leg: Leg) -> Iterator[str]:
+def check_leg(found: Evidence, ledger: Ledger, leg: Leg) -> Iterator[str]:
     """Machine, plan and stack of a leg are those of its manifest, and its rule covers what is claimed."""
     d, rule = found.declaration, ledger.opened["rule"]
     if ledger.opened["idea"] != d["ledger"]["idea"]:
@@ -332,7 +332,7 @@ def check_leg(found: Any, ledger: Ledger, leg: Leg) -> Iterator[str]:
                "all its legs")
 
 
-def check_order(found: Any, ledger: Ledger, leg: Leg) -> Iterator[str]:
+def check_order(found: Evidence, ledger: Ledger, leg: Leg) -> Iterator[str]:
     """The rule was written before the first leg, the leg before its manifest, and its fate after the last
     run."""
     before = None
@@ -367,7 +367,7 @@ def check_order(found: Any, ledger: Ledger, leg: Leg) -> Iterator[str]:
                f"manifest has {made[wrong[0]]}")
 
 
-def check_original(found: Any, ledger: Ledger, entry: dict) -> Iterator[str]:
+def check_original(found: Evidence, ledger: Ledger, entry: dict) -> Iterator[str]:
     """The chain next to a leg is that of its idea in this checkout, as far as it goes."""
     home = home_of(found.folder, entry)
     if home.resolve() == found.folder.resolve():
@@ -384,7 +384,7 @@ def check_original(found: Any, ledger: Ledger, entry: dict) -> Iterator[str]:
         found.ledger = whole
 
 
-def told(found: Any) -> dict | None:
+def told(found: Evidence) -> dict | None:
     """results.json's `attempts`: the rule and every leg with its fate, or None without a ledger."""
     ledger = found.ledger
     if ledger is None:

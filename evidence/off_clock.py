@@ -8,9 +8,9 @@ track's own settings of the validation are no business of a record (`check_track
 
 import statistics as middle
 from collections.abc import Iterator
-from typing import Any
 
 from evidence import run_laws
+from evidence.claim_folder import Evidence
 
 # A validation evaluates its tokens forwards only; training on as many takes two to three times as long.
 # Medians of the 37 committed runs: 0.08 to 0.39 of the training of as many tokens.
@@ -23,7 +23,7 @@ TRACK = ("target", "tokens", "seq_len")  # settings of the validation that belon
 
 # ----- laws of the logs -------------------------------------------------------------------------------------
 
-def check(found: Any) -> Iterator[str]:
+def check(found: Evidence) -> Iterator[str]:
     """Problems of the untimed parts of a claim's runs, by absolute bounds."""
     for log in found.logs.values():
         reset, last = log.one("reset"), log.validations[-1:]

@@ -10,10 +10,10 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from common.errors import UserError
 from evidence import manifest, model_facts
+from evidence.claim_folder import Evidence
 from evidence.run_laws import Log
 from settings import deltas, renames
 from settings.model import padded_vocab
@@ -52,7 +52,7 @@ NAMED = ("record", "scale", "ml_hash", "system_hash", "corpus", "corpus_digest",
          "attention", "comm", "torch", "code", "cpu", "platform", "python", "machine")
 
 
-def check(found: Any) -> Iterator[str]:
+def check(found: Evidence) -> Iterator[str]:
     """Problems of all logs of a claim by themselves and next to each other."""
     for log in found.logs.values():
         yield from check_named(log)
@@ -82,7 +82,7 @@ def is_visible(text: str) -> bool:
     return any(c.isalnum() and c not in FILLERS for c in text)
 
 
-def check_counts(found: Any, log: Log) -> Iterator[str]:
+def check_counts(found: Evidence, log: Log) -> Iterator[str]:
     """Parameters, active ones, FLOPs and the probe's parameters are those of the settings' model."""
     artefact = f"{log.where}/run.jsonl"
     unknown = "number and names of parameters: torch is not installed here"
@@ -214,7 +214,7 @@ def closeness(a: list[float], b: list[float]) -> tuple[float, float] | None:
     return math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a, b)) / len(a)), left
 
 
-def check_seeds_differ(found: Any) -> Iterator[str]:
+def check_seeds_differ(found: Evidence) -> Iterator[str]:
     """No seed's curve is another seed's with a little noise, a shift or a factor on it."""
     for name in found.declaration["arms"]:
         runs = [(r.seed, found.logs[r.run]) for r in found.claim.runs
@@ -238,7 +238,7 @@ def same_validations(log: Log, other: Log) -> bool:
         abs(x - y) < SAME_NATS for x, y in zip(a, b))
 
 
-def check_shifted(found: Any) -> Iterator[str]:
+def check_shifted(found: Evidence) -> Iterator[str]:
     """No run is one of another arm with its losses shifted: programs that close give losses that close."""
     arms = found.declaration["arms"]
     logs = {name: [(log, train_losses(log)) for log in found.of(name) if log.whole] for name in arms}
@@ -251,7 +251,7 @@ def check_shifted(found: Any) -> Iterator[str]:
                        f"apart: a shifted copy of a run of arm {b}")
 
 
-def check_times_differ(found: Any) -> Iterator[str]:
+def check_times_differ(found: Evidence) -> Iterator[str]:
     """No run has the times of another one, multiplied by a number."""
     logs = [log for log in found.logs.values() if log.whole]
     spent = [(log, [ms for _, ms, _ in log.intervals[1:]]) for log in logs]
@@ -280,7 +280,7 @@ def day(date: object) -> float | None:
     return midnight.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
-def check_calendar(found: Any, dates: list[tuple[int, str, float, str]]) -> Iterator[str]:
+def check_calendar(found: Evidence, dates: list[tuple[int, str, float, str]]) -> Iterator[str]:
     """Nothing of a claim lies in the future, nor before the parent it builds on.
 
     dates: [(line, kind, seconds since the epoch, text)] of the manifest.

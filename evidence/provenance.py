@@ -2,7 +2,7 @@
 corpus.
 
 Each check is a generator of problems, one line each; what cannot be known here goes to `found.unknown`.
-`found` is the evidence.claim_laws.Evidence of the claim folder. Nothing of a submission is executed: git is
+`found` is the evidence.claim_folder.Evidence of the claim folder. Nothing of a submission is executed: git is
 only asked for the text of files.
 """
 
@@ -21,6 +21,7 @@ import settings
 from common import files, untrusted
 from common.errors import UserError
 from evidence import arms, foreign, manifest, plausible, stack
+from evidence.claim_folder import Evidence
 from evidence.run_laws import Log, alike, canonical
 from settings import deltas, renames, scales, schema
 
@@ -37,7 +38,7 @@ MALFORMED = (UserError, TypeError, AttributeError, ValueError)
 
 # ----- arms and records -------------------------------------------------------------------------------------
 
-def check_arm(found: Any, name: str, arm: dict) -> Iterator[str]:
+def check_arm(found: Evidence, name: str, arm: dict) -> Iterator[str]:
     """All runs of an arm are one program with the settings that were declared and that this checkout
     resolves."""
     if arm["kind"] == "script":
@@ -64,7 +65,7 @@ def check_arm(found: Any, name: str, arm: dict) -> Iterator[str]:
     yield from check_resolves(found, name, arm)
 
 
-def check_words(found: Any, name: str, arm: dict) -> Iterator[str]:
+def check_words(found: Evidence, name: str, arm: dict) -> Iterator[str]:
     """The command line of a record's arm says its record, its scale and its changes, and nothing else."""
     if found.declaration["claim"] == "comparison":
         return
@@ -92,7 +93,7 @@ def differing(a: Any, b: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def check_resolves(found: Any, name: str, arm: dict) -> Iterator[str]:
+def check_resolves(found: Evidence, name: str, arm: dict) -> Iterator[str]:
     """The declared settings are what the record, its scale and its changes resolve to here."""
     scale, comparison = found.declaration["scale"], found.declaration["claim"] == "comparison"
     claimed = f"{arm['record']} at scale {scale}" + "".join(f" {c}" for c in arm["changes"])
@@ -123,7 +124,7 @@ def check_resolves(found: Any, name: str, arm: dict) -> Iterator[str]:
         yield f"arm {name}: {claimed} resolves to other settings here: {', '.join(paths)}"
 
 
-def check_foreign(found: Any, name: str, arm: dict, claimed: str, unknown: list[str]) -> Iterator[str]:
+def check_foreign(found: Evidence, name: str, arm: dict, claimed: str, unknown: list[str]) -> Iterator[str]:
     """Settings with words that this checkout lacks are what the code of the claim resolves, in a sandbox."""
     runs, digests = found.folder / "runs", {log.start["sources"] for log in found.of(name)}
 
@@ -173,7 +174,7 @@ def resolve_carried(record: deltas.Record, scale: str, changes: list[str]) -> se
     return settings.check(scales.lifted(s, named))
 
 
-def known_record(found: Any, ref: str | None) -> tuple[deltas.Record | None, bool]:
+def known_record(found: Evidence, ref: str | None) -> tuple[deltas.Record | None, bool]:
     """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this
     checkout."""
     here, carried = known_here(ref), read_carried(found.folder, found.declaration["record"])
@@ -256,7 +257,7 @@ def same_result(a: str, b: str) -> bool:
     return len({schema.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
 
 
-def check_lineage(found: Any) -> Iterator[str]:
+def check_lineage(found: Evidence) -> Iterator[str]:
     """A claim runs the record it names against the parent that record names, all arms with the same changes
     or none."""
     d, where = found.declaration, manifest.NAME
@@ -293,7 +294,7 @@ def check_lineage(found: Any) -> Iterator[str]:
 
 # ----- code -------------------------------------------------------------------------------------------------
 
-def check_code(found: Any, name: str, arm: dict) -> Iterator[str]:
+def check_code(found: Evidence, name: str, arm: dict) -> Iterator[str]:
     """One commit per arm, clean for a record; its sources are there, hash right and are the files of that
     commit."""
     record_claim, logs, dirty = found.declaration["claim"] != "comparison", found.of(name), arm.get("dirty")
@@ -323,7 +324,7 @@ def check_code(found: Any, name: str, arm: dict) -> Iterator[str]:
             yield from check_commit(found, name, arm, digest, text)
 
 
-def check_patch(found: Any, name: str, arm: dict) -> Iterator[str]:
+def check_patch(found: Evidence, name: str, arm: dict) -> Iterator[str]:
     """The uncommitted changes of a comparison's arm lie in the folder."""
     try:
         path = arms.patch_path(found.folder, arm)
@@ -353,7 +354,7 @@ def read_sources(runs: Path, digest: str) -> tuple[str | None, str]:
     return None, f"runs/sources-{digest}.txt: missing: the sources of the runs belong to the claim"
 
 
-def check_commit(found: Any, name: str, arm: dict, digest: str, text: str) -> Iterator[str]:
+def check_commit(found: Evidence, name: str, arm: dict, digest: str, text: str) -> Iterator[str]:
     """The archive equals the files of the declared commit, where this repository has it."""
     commit = arm["commit"]
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
@@ -471,7 +472,7 @@ def imported(text: str, parts: dict[str, str]) -> Iterator[str]:
             yield f"{room}/{below}.py"
 
 
-def check_diff(found: Any) -> Iterator[str]:
+def check_diff(found: Evidence) -> Iterator[str]:
     """code.diff is the difference of the two trees, recomputed where this repository has both."""
     d = found.declaration
     both = [d["arms"].get(name) for name in ("parent", "new")]
@@ -520,7 +521,7 @@ def plain_diff(text: str) -> list[str]:
 
 # ----- tokens -----------------------------------------------------------------------------------------------
 
-def check_corpus(found: Any) -> Iterator[str]:
+def check_corpus(found: Evidence) -> Iterator[str]:
     """One corpus and one validation set; their digests are right where this checkout knows them by name."""
     logs = list(found.logs.values())
     for key in ("corpus", "val_digest"):
@@ -539,7 +540,7 @@ def check_corpus(found: Any) -> Iterator[str]:
             yield from check_tokens(found, log)
 
 
-def check_tokens(found: Any, log: Log) -> Iterator[str]:
+def check_tokens(found: Evidence, log: Log) -> Iterator[str]:
     """Law: digests of a log's tokens are those of the corpus that it names, where they are pinned here."""
     corpus = log.start["corpus"]
     try:

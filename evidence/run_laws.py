@@ -22,7 +22,7 @@ from common import files, untrusted
 from common.errors import UserError
 from layers.specs import layer_specs
 from evidence import foreign
-from settings import schema
+from settings import Settings, schema
 from settings.numerics import NUMERICS_VERSION
 
 NUMBER = (int, float)
@@ -118,7 +118,7 @@ class Log:
     where: str
     folder: Path
     links: list
-    settings: object = None
+    settings: Settings | None = None
 
     @property
     def events(self) -> list[dict]:

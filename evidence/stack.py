@@ -9,10 +9,10 @@ nothing becomes a record by it before the stack has.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from common.errors import UserError
 from evidence import off_clock
+from evidence.claim_folder import Evidence
 from settings import deltas, schema
 
 ENTRY = {"attempt": str, "parent": str, "delta": dict}
@@ -70,7 +70,7 @@ def changes(stack: list[dict], parent: str, scale: str) -> list[str]:
     return [f"{path}={schema.show(new)}" for path, _, new in schema.difference(one, other)]
 
 
-def check(found: Any, record: deltas.Record | None) -> Iterator[str]:
+def check(found: Evidence, record: deltas.Record | None) -> Iterator[str]:
     """Problems of a claim's stack: it is what it says, and all arms run on it and on nothing else of their
     own.
 
@@ -103,7 +103,7 @@ def check(found: Any, record: deltas.Record | None) -> Iterator[str]:
             yield f"manifest.jsonl: against: arm {name} runs without {lacking[0]} of the stack"
 
 
-def allowed(found: Any, change: object) -> bool:
+def allowed(found: Evidence, change: object) -> bool:
     """May an arm have this change at full scale: a line of its stack, or the parent's own validation?"""
     d = found.declaration
     parent = d["arms"].get("parent", {})

@@ -32,6 +32,7 @@ from evidence import (
     arms, claim_laws, compare, ledger, manifest, off_clock, provenance,
     signing, textlog, writeup
 )
+from evidence.claim_folder import Evidence
 from evidence.provenance import last_ml
 from settings import deltas, renames
 
@@ -212,7 +213,7 @@ def judged(
     return results
 
 
-def untimed(found: claim_laws.Evidence, name: str) -> dict[str, float] | None:
+def untimed(found: Evidence, name: str) -> dict[str, float] | None:
     """{start, warmup}: mean seconds before the clock of an arm's counted runs, or None without logs."""
     rows = [claim_laws.untimed(found.logs[r.run]) for r in found.claim.counted(name) if r.run in found.logs]
     rows = [row for row in rows if row is not None]
@@ -307,7 +308,7 @@ def differences(stored: Any, fresh: Any, path: str = "") -> list[str]:
     return [] if stored == fresh else [path]
 
 
-def describe(found: claim_laws.Evidence) -> dict:
+def describe(found: Evidence) -> dict:
     """What was run, where, by which code: the part of results.json that is copied from the logs."""
     d, start = found.declaration, next(iter(found.logs.values())).start
     keys = ("device", "torch", "cpu", "cores", "machine", "corpus", "corpus_digest", "val_digest",
@@ -418,7 +419,7 @@ def judge_time(ratio: dict | None, alpha: float, what: str = "time") -> list[str
     return []
 
 
-def check_looks(found: claim_laws.Evidence) -> list[str]:
+def check_looks(found: Evidence) -> list[str]:
     """Reasons against a claim that was not ended when it had to be:
     each look is taken again from the logs."""
     d = found.declaration
@@ -605,7 +606,7 @@ def uncounted(whole: dict, made: bool, new: dict, key: Path | None) -> str:
     return ""
 
 
-def grade_reproduction(results: dict, found: claim_laws.Evidence, folder: Path | str) -> None:
+def grade_reproduction(results: dict, found: Evidence, folder: Path | str) -> None:
     """`reproduced` if the same claim of another machine is consistent,
     and its runs show all of it by themselves."""
     other = claim_laws.examine(folder)
@@ -625,7 +626,7 @@ def grade_reproduction(results: dict, found: claim_laws.Evidence, folder: Path |
             f"the reproduction offered is none: its own runs do not show the claim ({reasons[0]})")
 
 
-def not_a_reproduction(found: claim_laws.Evidence, other: claim_laws.Evidence) -> str:
+def not_a_reproduction(found: Evidence, other: Evidence) -> str:
     """Why another claim folder is no rerun of this one elsewhere, or ''."""
     if other.problems:
         return f"it is refused itself ({other.problems[0]})"
@@ -651,7 +652,7 @@ def not_a_reproduction(found: claim_laws.Evidence, other: claim_laws.Evidence) -
     return ""
 
 
-def clocks_of(found: claim_laws.Evidence) -> set[tuple[float, ...]]:
+def clocks_of(found: Evidence) -> set[tuple[float, ...]]:
     """The training times at the validations of each run of a claim, as a set: no two runs have the same."""
     return {tuple(v["train_time_ms"] for v in log.validations) for log in found.logs.values()}
 

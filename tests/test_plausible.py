@@ -12,7 +12,7 @@ import pytest
 
 import runlog
 import settings
-from evidence import claim_laws, fact_laws, manifest, off_clock, plausible, replay, run_laws
+from evidence import claim_folder, fact_laws, manifest, off_clock, plausible, replay, run_laws
 from common.errors import UserError
 from settings import schema
 
@@ -36,7 +36,7 @@ def found():
     logs = dict(enumerate(honest()))
     claim = manifest.Claim(Path("x") / manifest.NAME)
     claim.declaration = {"arms": {}, "claim": "comparison"}
-    return claim_laws.Evidence(Path("x"), claim, logs)
+    return claim_folder.Evidence(Path("x"), claim, logs)
 
 
 def test_no_committed_log_is_refused_by_what_a_log_suffices_to_see(found):

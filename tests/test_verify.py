@@ -14,7 +14,7 @@ import pytest
 import runlog
 import schedule
 from claim_builder import Forgery, built, claim, command, good, two_arms
-from evidence import claim_laws, provenance, run_laws, verify
+from evidence import claim_folder, provenance, run_laws, verify
 from common.errors import UserError
 from settings import deltas
 
@@ -59,7 +59,7 @@ def test_sources_are_compared_with_the_files_of_their_commit_without_running_the
     tree = arms.line("ls-tree", "-r", "--name-only", commit).splitlines()
     names = provenance.listed_sources(arms.git("show", f"{commit}:runlog.py").decode(), tree)
     text = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{n}').decode()}\n" for n in names)
-    found = claim_laws.Evidence(Path("x"), None)
+    found = claim_folder.Evidence(Path("x"), None)
 
     def problems(text, arm):
         return list(provenance.check_commit(found, "new", arm, "0" * 16, text))

@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from common import console
@@ -54,6 +54,14 @@ def clipped(text: str, columns: int) -> str:
     while text and columns_of(text + end) > columns:
         text = text[:-1]
     return text.rstrip() + end
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table: its columns flush left, two spaces apart and from the left edge."""
+    widths = [max(map(columns_of, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = (cell + " " * (width - columns_of(cell)) for cell, width in zip(row, widths))
+        yield ("  " + "  ".join(cells)).rstrip()
 
 
 def wrapped(line: str, columns: int) -> list[str]:

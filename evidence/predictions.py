@@ -25,10 +25,10 @@ import argparse
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from common import files
+from common import files, lines
 from common.errors import UserError
 from evidence import statistics
 from settings import deltas, renames
@@ -226,24 +226,40 @@ def cells(row: dict) -> list[str]:
     return [row["what"], published, measured, {True: "agrees", False: "differs", None: ""}[row["agrees"]]]
 
 
+def agreement(x: dict) -> str:
+    """A share of signs in words: "41 of 64 agree, 64 % [52, 75]"."""
+    if not x["n"]:
+        return "none to compare"
+    share_, low, high = (f"{100 * x[k]:.0f}" for k in ("share", "low", "high"))
+    return f"{x['k']} of {x['n']} agree, {share_} % [{low}, {high}]"
+
+
+def correlation(r: dict) -> str:
+    """A rank correlation in words: "+0.49 over 64 rows [+0.26, +0.66]"."""
+    if r["rho"] is None:
+        return f"{r['n']} rows are too few"
+    bounds = "no interval" if r["low"] is None else f"[{r['low']:+.2f}, {r['high']:+.2f}]"
+    return f"{r['rho']:+.2f} over {r['n']} rows, {bounds}"
+
+
 def sentences(found: dict) -> list[str]:
     """What a table shows, in four sentences."""
-    def signs(x, what):
-        if not x["n"]:
-            return f"Signs of {what}: none to compare."
-        return (f"Signs of {what}: {x['k']} of {x['n']} agree, {100 * x['share']:.0f} % "
-                f"[{100 * x['low']:.0f}, {100 * x['high']:.0f}].")
-
     r = found["ranks"]
-    if r["rho"] is None:
-        ranked = f"Rank correlation: {r['n']} rows are too few."
-    else:
-        bounds = "no interval" if r["low"] is None else f"95 % interval {r['low']:+.2f} to {r['high']:+.2f}"
-        ranked = f"Rank correlation {r['rho']:+.2f} over {r['n']} rows, {bounds}" + (
-            ", not told apart from none." if r["low"] is None or r["low"] <= 0 <= r["high"] else ".")
-    return [signs(found["signs"], "all rows with both effects"),
-            signs(found["signs_published"], "the rows whose published effect is told apart from 0"),
-            signs(found["signs_resolved"], "the rows where both are told apart from 0"), ranked]
+    doubt = r["rho"] is not None and (r["low"] is None or r["low"] <= 0 <= r["high"])
+    return [f"Signs of all rows with both effects: {agreement(found['signs'])}.",
+            "Signs of the rows whose published effect is told apart from 0: "
+            f"{agreement(found['signs_published'])}.",
+            f"Signs of the rows where both are told apart from 0: {agreement(found['signs_resolved'])}.",
+            f"Rank correlation: {correlation(r)}{', not told apart from none' if doubt else ''}."]
+
+
+OVERVIEW = ("sweep", "signs", "published told apart from 0", "both told apart from 0", "rank correlation")
+
+
+def overview(found: dict) -> list[str]:
+    """A table in one line, under OVERVIEW."""
+    return [found["name"], *(agreement(found[k]) for k in ("signs", "signs_published", "signs_resolved")),
+            correlation(found["ranks"])]
 
 
 def markdown(tables: list[dict]) -> str:
@@ -255,10 +271,15 @@ def markdown(tables: list[dict]) -> str:
            + ", ".join(where for where, *_ in SLOPES)
            + ". Published with a 95 % interval, measured with the sweep's simultaneous intervals; "
            "`runs_tiny` is the committed run of each record, seed 0."]
+    out += ["", *grid(OVERVIEW, map(overview, tables))]
     for found in tables:
-        out += ["", f"## {found['name']}", "", *sentences(found), "", "| " + " | ".join(HEAD) + " |",
-                "|---|---|---|---|", *("| " + " | ".join(cells(r)) + " |" for r in found["rows"])]
+        out += ["", f"## {found['name']}", "", *sentences(found), "", *grid(HEAD, map(cells, found["rows"]))]
     return "\n".join(out) + "\n"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def reports(paths: list[str]) -> list[dict]:
@@ -291,8 +312,6 @@ def command(options: argparse.Namespace) -> None:
         return
     for found in tables:
         print(f"{found['name']}: {found['base']} at scale {found['scale']}; nats, negative is better")
-        rows = [HEAD, *map(cells, found["rows"])]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
-        for r in rows:
-            print("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
-        print(*sentences(found), "", sep="\n")
+        print(*lines.aligned([HEAD, *map(cells, found["rows"])]), *sentences(found), "", sep="\n")
+    if len(tables) > 1:
+        print("all of them:", *lines.aligned([OVERVIEW, *map(overview, tables)]), sep="\n")

@@ -299,24 +299,24 @@ def rules(site: dict) -> str:
 
 
 def prediction_tables(site: dict) -> str:
-    """Per sweep the table of published against measured effects, folded, under what it shows."""
+    """What all sweeps show, in one table; under it, folded, each sweep's published and measured effects."""
     from evidence import predictions  # scipy comes along
-    out, (value, error) = "", predictions.slope()
+    overviews, out, (value, error) = [], "", predictions.slope()
     swept = [sweep for sweep in site["sweeps"]
              if sweep["kind"] in ("chain", "ablate") and not facts.is_variant(sweep["about"])]
     for sweep in [*swept, predictions.of_runs()]:
         found = predictions.table(sweep)
         rows = [[escape(c) for c in predictions.cells(r)] for r in found["rows"]]
         if rows:
-            shown = " ".join(predictions.sentences(found))
-            out += f"<p><b>{escape(found['name'])}.</b> {escape(shown)}</p>"
+            overviews.append([escape(c) for c in predictions.overview(found)])
             out += folded(f"{escape(found['name'])}: {facts.plural(len(rows), 'row')}",
                           table(predictions.HEAD, rows, f"Predictions of {found['name']}"))
     if not out:
         return ""
     return ("<p>In nats at equal tokens, negative is better. Saved tokens and steps count by the slope of "
             f"the final loss against log tokens, {value:.3f} ± {error:.3f} (standard error) from four "
-            f"published pairs.</p>{out}")
+            "published pairs. Shares of signs have Wilson's 95 % interval, rank correlations Fisher's.</p>"
+            + table(predictions.OVERVIEW, overviews, "Signs and ranks, by sweep") + out)
 
 
 def correlation_text(found: dict) -> str:

@@ -215,10 +215,8 @@ def parameters(s: Settings) -> Iterator[str]:
     from system.comm import communication
     names = ("label", "role", "shapes", "rule", "rate", "decay", "constants", "communication", "updated")
     rows = [names, *Optimizer(without_values(s), s, communication(s, 0, LOGICAL_RANKS)).table()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
     yield f"parameters (communication of {LOGICAL_RANKS} processes):"
-    for row in rows:
-        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
+    yield from lines.aligned(rows)
 
 
 def exchanged(s: Settings) -> Iterator[str]:

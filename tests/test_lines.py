@@ -55,6 +55,15 @@ def test_wrapping_loses_no_word():
     assert all(lines.columns_of(p) <= 20 for p in wide) and "".join(wide).replace(" ", "") == "\u6f22" * 30
 
 
+def test_columns_start_below_each_other_also_under_wide_characters():
+    rows = [("record", "loss", ""), ("short/1", "4.1", "a note"), ("漢字", "12.25", "b")]
+    shown = list(lines.aligned(rows))
+    assert [row.split() for row in shown] == [" ".join(row).split() for row in rows]
+    assert shown == [row.rstrip() for row in shown]
+    starts = {lines.columns_of(row[:row.index(cell)]) for row, (_, cell, _) in zip(shown, rows)}
+    assert starts == {2 + len("short/1") + 2}
+
+
 @pytest.mark.parametrize("encoding, end", [("utf-8", "\u2026"), ("ascii", "..."), ("latin-1", "...")])
 def test_cut_text_ends_in_an_ellipsis_that_the_encoding_has(encoding, end, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))

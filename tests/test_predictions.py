@@ -158,6 +158,8 @@ def test_the_command_prints_every_committed_table_and_refuses_other_files(tmp_pa
     assert call("predictions", "--json", tmp_path / "t.json") == 0
     out, tables = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
     assert {t["name"] for t in tables} >= {"chain_1-33_micro", "ablate_33_tiny"} and "Rank correlation" in out
+    last = out.split("all of them:\n")[1].splitlines()
+    assert [line.split()[0] for line in last] == ["sweep", *(t["name"] for t in tables)]
     assert not any("variants" in t["name"] for t in tables)
     axis, cut = '{"rows": [], "kind": "axis", "name": "a"}', '{"rows": [1], "kind": "chain"}'
     for content in ("[", "{}", axis, cut):

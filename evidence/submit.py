@@ -323,10 +323,7 @@ def read_delta(path: Path) -> tuple[dict, str]:
     delta = toml if delta is None else delta
     if not isinstance(delta, dict) or not isinstance(subsumed, str):
         raise UserError(f"{path}: expected lines like \"optim.muon.lr\" = 0.05, bare or below [delta]")
-    for key in delta:
-        if "." not in key:
-            raise UserError(f"{path}: {key}: write the whole path in quotes, like \"optim.muon.lr\" = 0.05")
-    return delta, subsumed
+    return deltas.quoted(delta, path), subsumed
 
 
 def check_delta(

@@ -134,7 +134,7 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"),
             date=str(toml["date"]), people=toml["people"], kind=toml["kind"], source=toml["source"],
             badge=toml.get("badge", "spec"), slug=slug, order=float(toml.get("order", 0) or toml["id"]),
-            delta=present_delta(toml.get("delta", {})), published=toml.get("published", {}),
+            delta=present_delta(quoted(toml.get("delta", {}), path)), published=toml.get("published", {}),
             notes=toml.get("notes", ""), subsumed=toml.get("subsumed", ""), folder=path.parent,
             attempt=toml.get("attempt", ""), status=toml.get("status", "record"))
     except KeyError as error:
@@ -158,6 +158,22 @@ def has_lines(value: Any) -> bool:
     if isinstance(value, (dict, list)):
         return any(map(has_lines, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and "\n" in value
+
+
+def quoted(delta: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The delta, with a UserError for a path without quotes.
+
+    TOML reads `model.num_layers = 3` as a table of tables; it would set the whole part `model`, and all that
+    the table leaves out would silently become record 1's.
+    """
+    for path, value in delta.items():
+        if "." not in path:
+            while isinstance(value, dict) and value:
+                name, value = next(iter(value.items()))
+                path = f"{path}.{name}"
+            example = f'"{path}" = {show(value)}' if "." in path else '"optim.muon.lr" = 0.05'
+            raise UserError(f"{where}: [delta] {path}: write the whole path in quotes, like {example}")
+    return delta
 
 
 def present_delta(delta: dict[str, Any]) -> dict[str, Any]:
@@ -406,6 +422,9 @@ def replay(links: list[Record], reverted: set[str]) -> tuple[Settings, list[str]
     for path, ref in lost.items():
         report.append(f"reverted {path}: {show(lookup(s, path))} (set by {ref})")
     if reverted:
+        report += [f"reverted (nothing): the delta of {record.ref} "
+                   + ("sets schedule.steps only, which stays" if record.delta else "is empty")
+                   for record in links if record.ref in reverted and {*record.delta} <= {"schedule.steps"}]
         report += [] if any(r.startswith("kept") for r in report) else ["kept     (nothing)"]
         report += [] if any(r.startswith("dropped") for r in report) else ["dropped  (nothing)"]
     return s, report
@@ -431,7 +450,7 @@ def switch(s: Settings, links: list[Record], with_: Sequence[str],
     if both:
         raise UserError(f"{both.pop()} is both in --with and --without: keep one of the two")
     for text in with_:
-        s, line = turn_on(s, text)
+        s, line = turn_on(s, text, links[-1].ref)
         report.append(line)
     for path in without:
         s, line = turn_off(s, links, path)
@@ -449,8 +468,12 @@ def switch(s: Settings, links: list[Record], with_: Sequence[str],
     return s, report
 
 
-def turn_on(s: Settings, text: str) -> tuple[Settings, str]:
-    """(settings, line of the report) after one --with: path, path=value, or path@record."""
+def turn_on(s: Settings, text: str, record: str) -> tuple[Settings, str]:
+    """(settings, line of the report) after one --with: path, path=value, or path@record.
+
+    A path alone stands for the feature's own values, so it is refused where the record has the feature
+    already, with values that these would silently replace.
+    """
     path, at, ref = text.partition("@")
     if at:
         value = lookup(standing(chain(find_record(ref))), find_field(path).path)
@@ -466,6 +489,9 @@ def turn_on(s: Settings, text: str) -> tuple[Settings, str]:
         if not (f.is_section and f.optional) and f.type is not bool:
             raise UserError(f"--with {path}: it is a value, not a switch: write --with {path}=... or --set "
                             f"{path}=...")
+        if not any(lookup(s, above) is None for above in prefixes(path)) and lookup(s, path):
+            own = f", or give {path}={{...}} for other values" if f.is_section else ""
+            raise UserError(f"--with {path}: it is already on in {record}: leave this out{own}")
     s = assign(s, path, value, "--with")
     return s, f"with {path}: {show(lookup(s, path))}"
 
@@ -482,6 +508,8 @@ def turn_off(s: Settings, links: list[Record], path: str) -> tuple[Settings, str
         above = next(a for a in prefixes(path) if lookup(s, a) is None)
         raise UserError(f"--without {path}: {above} is already off in {links[-1].ref}")
     if off == REFUSE or (f.is_section and not f.optional):
+        if f.is_section and not f.optional:
+            hint = f"`python -m records features {path}.` shows what can be switched off in it"
         raise UserError(f"--without {path}: it has no sensible off; {hint}")
     if off == BEFORE and not f.optional:
         setters = [r for r in links if path in r.delta or any(a in r.delta for a in prefixes(path))]

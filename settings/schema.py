@@ -153,7 +153,7 @@ def section(f: Field, value: object, where: str) -> object:
         return f.type()
     if not isinstance(value, dict):
         raise UserError(f"{where}: {f.path} = {shortened(value)}: expected a table like {{field = value}}, "
-                        + ("true or false" if f.optional else "true"))
+                        + ("true or false" if f.optional else "or true (all defaults)"))
     names = [x.name for x in dataclasses.fields(f.type)]
     for name in value:
         if name not in names:

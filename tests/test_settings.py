@@ -116,7 +116,7 @@ def test_an_unknown_line_in_a_record_is_named(tmp_path):
         deltas.read_record(path, "short")
 
 
-REASONS = ("has no sensible off; use --set", "it came with ", "it is already ", "has no effect while ")
+REASONS = ("has no sensible off; ", "it came with ", "it is already ", "has no effect while ")
 # of each setting whose removal leaves a contradiction at record 57: what depends on it
 DEPENDANTS = {
     "model.residual.unet_skips.pairs": "model.residual.unet_skips needs an even model.num_layers, got 11",
@@ -214,6 +214,22 @@ def test_reverting_record_9_from_record_11():
     assert "dropped  (nothing)" in r.report
 
 
+def test_a_revert_that_takes_nothing_back_says_so():
+    assert "reverted (nothing): the delta of short/7 is empty" in deltas.resolve(
+        "short/11", revert=["short/7"]).report
+    assert not any("(nothing):" in line for line in deltas.resolve("short/11", revert=["short/9"]).report)
+
+
+def test_a_path_without_quotes_in_a_delta_is_refused_and_resets_nothing(tmp_path):
+    """TOML reads model.num_layers = 3 as a table of tables, whose other fields would be record 1's."""
+    for text in ('model.num_layers = 3', '[delta.model]\nnum_layers = 3', 'model = {num_layers = 3}'):
+        path = tmp_path / "x" / "record.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'parent = "short/11"\n[delta]\n{text}\n')
+        with pytest.raises(UserError, match=r'x/record.toml: .* in quotes, like "model.num_layers" = 3'):
+            deltas.read_record(path, "attempts")
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(sets=["model.smaer=true"]), "unknown setting 'model.smaer'"),
     (dict(sets=["optim.muon={lrr=1}"]), "has no field 'lrr' \\(did you mean lr"),
@@ -222,7 +238,10 @@ def test_reverting_record_9_from_record_11():
     (dict(sets=["model.bias=1"]), "expected true or false"),
     (dict(sets=["optim.embed.lr=nan"]), "expected a number"),
     (dict(sets=["schedule.steps"]), "expected path=value"),
-    (dict(without=["model.attn"]), "no sensible off"),
+    (dict(without=["model.attn"]), "no sensible off; `python -m records features model.attn.` shows"),
+    (dict(sets=["optim.scalar=3"]), "expected a table like {field = value}, or true"),
+    (dict(with_=["model.residual.unet_skips"]), "already on in short/11: leave this out, or give"),
+    (dict(with_=["model.embed.norm"]), "already on in short/11: leave this out$"),
     (dict(without=["optim.adam.beta2"]), "no record of the chain has set it"),
     (dict(without=["optim.muon.momentum_warmup.start"]), "it came with optim.muon.momentum_warmup"),
     (dict(with_=["optim.muon.lr"]), "a value, not a switch"),

@@ -135,6 +135,10 @@ def measured(event: dict) -> dict:
     return event
 
 
+class Empty(UserError):
+    """A chained file without a whole line."""
+
+
 def read_chain(path: Path | str) -> list[dict]:
     """Events of a chained file, checked. Raises UserError at the first line that breaks the chain."""
     return [event for event, _ in read_links(path)]
@@ -169,7 +173,7 @@ def read_links(path: Path | str, torn: bool = False) -> list[tuple[dict, str]]:
             )
         links.append((measured(event), claimed))
     if not links:
-        raise UserError(f"{path}: the file is empty")
+        raise Empty(f"{path}: the file holds no whole line" if torn else f"{path}: the file is empty")
     if lines[-1]:
         raise UserError(f"{path}: line {len(lines)} lacks its end: the file is cut")
     return links

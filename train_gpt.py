@@ -43,7 +43,7 @@ if __name__ == "__main__":
             print_plan(resolved, options.plot, options.card, options.nproc or 1)
         except UserError as error:  # of --plot and --card
             console.fail(error)
-        raise SystemExit(0)
+        raise SystemExit(console.settle())
 
 import contextlib
 import math

@@ -5,13 +5,27 @@ Every program imports this first. The import refuses a Python that is too old, `
 package. Neither this file nor a program's lines before the import may use what Python 3.8 cannot read.
 """
 
+import sys
+
+
+def end_in_one_line(kind, error, trace, before=sys.excepthook):
+    """sys.excepthook: no traceback of a Ctrl-C that comes while a program's modules are being imported. The
+    exit code stays Python's own, which a shell shows as 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        before(kind, error, trace)
+    elif sys.stderr is not None:
+        sys.stderr.write("error: interrupted\n")
+
+
+sys.excepthook = end_in_one_line  # before the imports below, which take most of this file's time
+
 import functools
 import importlib
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
-import sys
 from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -68,15 +82,37 @@ def require(*names: str) -> None:
     missing = [name for name in names if lacking(name)]
     if missing:
         stop("{} lacks {}: {}".format(sys.executable, ", ".join(missing), remedy()))
+    if "torch" in names:
+        check_threads()
     for name in names:
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            stop("{} cannot import {} ({}): {}".format(sys.executable, name, reason, remedy()))
+            stop("{} cannot import {} ({}): {}".format(sys.executable, name, first_line(error), remedy()))
+        except Exception as error:  # torch's own, of a variable like TORCH_LOGS that it cannot read
+            wrong = sorted(key for key in os.environ if key.startswith((name.upper(), "PY" + name.upper())))
+            stop("{} cannot import {} ({}): {}".format(
+                sys.executable, name, first_line(error),
+                "mend or unset " + ", ".join(wrong) if wrong else remedy()))
         if name == "torch" and numbers(getattr(module, "__version__", "0")) < OLDEST_TORCH:
             stop("{} has torch {}, and torch {}.{} is the oldest that works: {}".format(
                 sys.executable, getattr(module, "__version__", "without a version"), *OLDEST_TORCH, remedy()))
+
+
+def check_threads() -> None:
+    """Refuse an OMP_NUM_THREADS that OpenMP cannot read: it would take all cores, with a line of its own.
+    An empty one is as good as none."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not threads.strip():
+        del os.environ["OMP_NUM_THREADS"]
+    elif not all(re.fullmatch(r" *0*[1-9][0-9]{0,8} *", level) for level in threads.split(",")):
+        stop("OMP_NUM_THREADS={!r:.60}: expected a number of threads, at least 1; set it to one, or unset it"
+             .format(threads))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[0].strip()
 
 
 def without(error: ImportError) -> str:

@@ -456,9 +456,8 @@ def validation_rows(corpus: Corpus, tokens: int, seq_len: int, ranks: Sequence[i
     if corpus.val_tokens < tokens + 1:
         row = LOGICAL_RANKS * seq_len
         fits = (corpus.val_tokens - 1) // row * row
-        remedy = (
-            f"set validation.tokens={fits}" if fits else "shorten validation.seq_len with validation.tokens"
-        )
+        remedy = (f"--set validation.tokens={fits}" if fits
+                  else "--set a shorter validation.seq_len, and validation.tokens")
         raise UserError(
             f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: {remedy}, or use "
             "a larger validation shard"

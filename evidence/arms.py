@@ -306,8 +306,11 @@ def prepare(
     except UserError as error:
         new = []
         if commit is not None and not typed.ref and not patch:
-            new = line("ls-files", "--others", "--exclude-standard", "--", "records/*/*/record.toml",
-                       "attempts/*/record.toml").splitlines()
+            own = "records/*/*/record.toml" if "unknown record" in str(error) else f"{argv[0]}/record.toml"
+            new = line("ls-files", "--others", "--exclude-standard", "--", own).splitlines()
+        if new and "unknown attempt" in str(error):
+            raise UserError(f"arm {text!r}: {new[0]} is not committed: commit it, or add --allow-dirty"
+                            ) from None
         hint = f"; {new[0]} is not committed: commit it, or add --allow-dirty" if new else ""
         raise UserError(f"{error}{hint}") from None
     if not found["registers"]:

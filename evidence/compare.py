@@ -100,6 +100,8 @@ def run(options: argparse.Namespace) -> int | None:
         folder = Path(options.resume)
     else:
         folder = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_compare")
+        if folder.is_dir() and files.listed(folder) and not (folder / manifest.NAME).exists():
+            raise UserError(f"--out {folder} is not empty: choose a new folder")
         declare(folder, *plan(options))
     try:
         claim = run_plan(folder, data=options.data, fault=options.fault)

@@ -66,7 +66,9 @@ def read(path: str | Path) -> Curve:
     path = Path(path)
     log = path / "run.jsonl" if path.is_dir() or not path.name.endswith(".jsonl") else path
     if not log.exists():
-        below = files.listed(path, "**/run.jsonl")[:1] if path.is_dir() else []
+        # not the whole tree below, which may be a home folder
+        near = [pattern for pattern in ("*/run.jsonl", "*/*/run.jsonl") if path.is_dir()]
+        below = [found for pattern in near for found in files.listed(path, pattern)][:1]
         remedy = f"one below it, like {below[0].parent}" if below else "a run folder such as runs/<date>_..."
         raise UserError(f"{path}: no run.jsonl here; name {remedy}")
     events = runlog.standing(runlog.read_chain(log))

@@ -19,7 +19,7 @@ import runlog
 import schedule
 import settings
 from common import files
-from common.arguments import Parser
+from common.arguments import Parser, number
 from common.errors import UserError
 from page import curves
 from settings import schema
@@ -49,7 +49,7 @@ def arguments(p: Parser) -> None:
     p.add_argument("runs", nargs="*", metavar="RUN",
                    help="run folders (default: the unfinished ones under --out)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders are (default runs)")
-    p.add_argument("--every", type=float, default=EVERY_S, metavar="S",
+    p.add_argument("--every", type=number(0.1, 86400), default=EVERY_S, metavar="S",
                    help="seconds between two looks (default 2)")
     p.add_argument("--once", action="store_true",
                    help="print one view and end, as where stdout is no terminal")
@@ -67,11 +67,12 @@ def run(options: Namespace) -> None:
     if not chosen:
         raise UserError(f"no unfinished run under {options.out}: name run folders, or give --out")
     if options.once or not sys.stdout.isatty():
-        Console().print(view(chosen))
+        console = Console()
+        console.print(view(chosen, console.width))
         return
-    with Live(view(chosen), auto_refresh=False, vertical_overflow="crop") as live:
+    with Live(view(chosen, Console().width), auto_refresh=False, vertical_overflow="crop") as live:
         while any(look(folder).status in GOING for folder in chosen):
-            time.sleep(max(0.1, options.every))
+            time.sleep(options.every)
             live.update(view(chosen, live.console.width), refresh=True)
 
 
@@ -204,19 +205,32 @@ def planned_memory(start: dict) -> str:
 
 # ----- all runs ---------------------------------------------------------------------------------------------
 
-def view(chosen: list[Path], width: int = 100) -> "Group":
-    """Table and chart of the runs, for rich."""
+def view(chosen: list[Path], width: int) -> "Group":
+    """Table and chart of the runs, for rich, in so many columns.
+
+    Where the terminal is narrow the labels of the runs are broken, and numbers and states are not. A column
+    that is empty for all runs, like the memory on a CPU, is left out.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
     seen = [look(folder) for folder in chosen]
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in HEADS:
-        table.add_column(head, justify="left" if head in ("run", "state") else "right")
-    for i, (one, name) in enumerate(zip(seen, names(seen))):
-        row = cells(one, f"{MARKS[i % len(MARKS)]} {name}")
-        table.add_row(*(Text(cell) for cell in row), style=colour(i))
+    rows = [cells(one, f"{MARKS[i % len(MARKS)]} {name}")
+            for i, (one, name) in enumerate(zip(seen, names(seen)))]
+    shown = [i for i, head in enumerate(HEADS) if head == "run" or any(row[i] for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    wide = {HEADS[i]: max(map(len, [*HEADS[i].split(), *(row[i] for row in rows)])) for i in shown}
+    room = width - sum(wide[head] for head in wide if head not in ("run", "state")) - 2 * len(wide)
+    first = max(len(row[-1].split()[0]) for row in rows)  # word of a state, which a reason may follow
+    if wide["run"] + wide["state"] > room:
+        wide["run"] = max(len("run"), min(wide["run"], room // 2, room - first))
+        wide["state"] = max(first, room - wide["run"])
+    for head in wide:
+        table.add_column(head.replace(" ", "\n"), width=wide[head], overflow="fold",
+                         justify="left" if head in ("run", "state") else "right")
+    for i, row in enumerate(rows):
+        table.add_row(*(Text(row[column]) for column in shown), style=colour(i))
     drawn = Text()
     for line in chart([one.points for one in seen], width=max(20, min(width, 120) - 12)):
         axis, bar, drawing = line.partition("|")

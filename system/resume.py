@@ -118,7 +118,10 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
     by a program whose results are others.
     """
     folder = options.resume
-    events = [event for event, _ in runlog.read_links(folder / "run.jsonl", torn=True)]
+    try:
+        events = [event for event, _ in runlog.read_links(folder / "run.jsonl", torn=True)]
+    except runlog.Empty as error:
+        raise UserError(f"{error}; its settings are lost: name the record and start again") from None
     start = events[0]
     if start.get("kind") != "start" or start.get("log_version") not in runlog.READABLE:
         raise UserError(f"{folder}/run.jsonl: is not the log of a run that this program can read")

@@ -112,7 +112,7 @@ def uses_gpus(s: Settings, processes: int) -> bool:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if s.system.device == "cuda" and not found:
         raise UserError(
-            "system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch"
+            "system.device=cuda, but torch finds no GPU: --set system.device=cpu, or install a CUDA torch"
         )
     if not found or s.system.device == "cpu":
         return False

@@ -333,6 +333,14 @@ ARMS = [
 ]
 
 
+def test_a_comparison_writes_into_no_folder_that_holds_something_else(tmp_path, capsys):
+    (tmp_path / "mine").touch()
+    said = refusal(capsys, "compare", "short/11", "short/10", "--runs", "2", "--scale", "micro", "--out",
+                   str(tmp_path))
+    assert f"--out {tmp_path} is not empty: choose a new folder" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
 @pytest.mark.parametrize("argv, message", ARMS, ids=[" ".join(a) or "nothing" for a, _ in ARMS])
 def test_a_comparison_that_cannot_be_made_is_one_clear_line(
     argv, message, here, tmp_path, capsys, monkeypatch

@@ -47,6 +47,13 @@ def test_output_that_is_lost_is_a_failure_in_one_line(command):
 
 
 @FULL
+def test_a_plan_that_is_lost_is_a_failure_in_one_line():
+    done = shell('"$PYTHON" train_gpt.py short/1 --scale micro --dry-run > /dev/full')
+    assert done.returncode == 1 and done.stderr.startswith("error: the output could not be written")
+    assert done.stderr.count("\n") == 1
+
+
+@FULL
 @pytest.mark.parametrize("command", PRODUCTS)
 def test_where_nobody_reads_the_errors_the_output_is_whole(command):
     whole = shell(f'"$PYTHON" {command}')

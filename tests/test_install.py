@@ -142,6 +142,7 @@ def test_a_program_without_its_packages_is_one_line_with_a_remedy_and_declares_n
             "cannot import torch (libcudart.so.13: cannot open)",
         ),
         ("raise OSError('libgomp.so.1: no such file')", "cannot import torch (libgomp.so.1: no such file)"),
+        ("raise ValueError('\\n--- bad setting\\nmore')", "cannot import torch (--- bad setting)"),
         ("__version__ = '2.4.1+cu121'", "has torch 2.4.1+cu121, and torch 2.11 is the oldest that works"),
     ],
 )
@@ -155,6 +156,31 @@ def test_a_torch_that_cannot_serve_is_one_line_and_burns_no_run(torch, said, tmp
         "--out", str(folder), folder=tmp_path
     )
     assert done.returncode == 2 and said in done.stderr and not folder.exists()
+
+
+@pytest.mark.parametrize("value, left", [
+    ("2", "2"), (" 4,3 ", " 4,3 "), ("", None), (None, None), ("abc", "refused"), ("0", "refused"),
+    ("-4", "refused"), ("2,", "refused")])
+def test_a_number_of_threads_that_openmp_cannot_read_is_refused_and_an_empty_one_is_none(
+    value, left, monkeypatch, capsys
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", value or "")
+    if value is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    if left == "refused":
+        with pytest.raises(SystemExit, match="2"):
+            environment.check_threads()
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: OMP_NUM_THREADS={value!r}: expected") and said.count("\n") == 1
+    else:
+        environment.check_threads()
+        assert os.environ.get("OMP_NUM_THREADS") == left
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+    done = subprocess.run([sys.executable, "-c", "from common import environment; raise KeyboardInterrupt"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "error: interrupted\n" and done.returncode in (130, -signal.SIGINT)
 
 
 def test_an_old_python_is_told_so_before_it_meets_what_it_cannot_read():

@@ -186,6 +186,11 @@ def test_what_cannot_be_drawn_or_written_is_one_line(tmp_path, capsys):
     assert "cannot write" in refusal(capsys, "plot", run, "--out", tmp_path / "no/such/x.png")
     assert f"name one below it, like {run}" in refusal(capsys, "plot", tmp_path / "runs")
     assert "no run.jsonl here; name a run folder" in refusal(capsys, "plot", tmp_path / "nowhere")
+    for below, said in (("a/b", "name one below it, like"), ("a/b/c", "name a run folder")):
+        deep = tmp_path / f"in_{below[-1]}" / below
+        deep.mkdir(parents=True)
+        (deep / "run.jsonl").touch()
+        assert said in refusal(capsys, "plot", tmp_path / f"in_{below[-1]}")
     (tmp_path / "other").mkdir()
     line, _ = chain_line(GENESIS, {"n": 0, "kind": "start", "wall_ms": 1.0})
     (tmp_path / "other/run.jsonl").write_text(line + "\n")

@@ -362,6 +362,15 @@ def test_what_cannot_be_continued_is_refused_in_one_line(words, stopped, capsys)
     assert stop.value.code == 2 and REFUSED[words] in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b'{"kind": "start", "n": 0'])
+def test_a_log_without_a_whole_line_is_refused_with_the_way_out(content, tmp_path, capsys):
+    (tmp_path / "run.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        command_line.command_line(["--resume", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "holds no whole line; its settings are lost: name the record and start again" in said
+
+
 def test_the_record_may_be_named_again_and_settings_of_the_system_may_differ(stopped):
     _, resolved = options_of("short/2", stopped.parent, "--set", "model.num_layers=2", "--set",
                              "system.ranks_per_microbatch=2", "--resume", str(stopped))

@@ -40,6 +40,25 @@ def shown(capsys, *argv):
     return stop.value.code, capsys.readouterr()
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_on_a_narrow_terminal_states_and_numbers_are_whole_and_no_line_is_broken(
+        width, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    runs = [write(tmp_path, 1, [7.0, 6.0, 5.25], "interrupted"), write(tmp_path, 2, [7.0, 6.5], "finished")]
+    code, said = shown(capsys, *runs, "--once")
+    assert code == 0 and max(map(len, said.out.splitlines())) <= width
+    for cell in ("interrupted", "finished", "5.2500", "tokens/s", "learning"):
+        assert cell in said.out
+    axis = [line for line in said.out.splitlines() if "+---" in line]
+    assert len(axis) == 1 and axis[0].strip().strip("+-") == ""
+
+
+def test_how_often_to_look_is_a_number_of_seconds(tmp_path, capsys):
+    for every in ("nan", "-1", "0", "inf", "x"):
+        code, said = shown(capsys, "--every", every)
+        assert code == 2 and "--every: expected a number from 0.1 to 86400" in said.err
+
+
 def test_two_runs_are_shown_over_each_other_one_torn_and_under_way_one_stopped_by_a_guard(
         tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")

@@ -580,10 +580,10 @@ def parser() -> arguments.Parser:
     planning(c)
     powering(add("power", power, "how many seeds an effect needs"))
     c = add("work", work, "one more worker on a queue")
-    c.add_argument("dir", metavar="DIR")
+    c.add_argument("dir", metavar="DIR", help="folder of a sweep")
     working(c)
     c = add("status", status, "the table of a sweep so far, who works on what, and what failed")
-    c.add_argument("dir", metavar="DIR")
+    c.add_argument("dir", metavar="DIR", help="folder of a sweep")
     c.add_argument(
         "--stale", type=positive, default=queue.STALE_S, metavar="S",
         help=f"seconds without a sign after which a run counts as dead (default {queue.STALE_S})"

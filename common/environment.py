@@ -7,12 +7,14 @@ package. Neither this file nor a program's lines before the import may use what 
 
 import sys
 
+BEFORE = sys.excepthook
 
-def end_in_one_line(kind, error, trace, before=sys.excepthook):
+
+def end_in_one_line(kind: type, error: BaseException, trace: object) -> None:
     """sys.excepthook: no traceback of a Ctrl-C that comes while a program's modules are being imported. The
     exit code stays Python's own, which a shell shows as 130."""
     if not issubclass(kind, KeyboardInterrupt):
-        before(kind, error, trace)
+        BEFORE(kind, error, trace)
     elif sys.stderr is not None:
         sys.stderr.write("error: interrupted\n")
 

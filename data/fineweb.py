@@ -285,8 +285,9 @@ def parser() -> arguments.Parser:
         help="a record, for the shards that it reads, or a number of train shards of 100 M tokens"
     )
     p.add_argument("--scale", choices=list(SCALES), help="scale of the record (default full)")
-    p.add_argument("--dir", default=str(Path(__file__).parent / "fineweb10B"))
-    p.add_argument("--repo", default=REPO)
+    p.add_argument("--dir", default=str(Path(__file__).parent / "fineweb10B"), metavar="DIR",
+                   help="where the shards go (default data/fineweb10B, where the trainer looks for them)")
+    p.add_argument("--repo", default=REPO, help=f"dataset on the Hugging Face hub (default {REPO})")
     p.add_argument(
         "--verify", action="store_true", help="read files that are there again and compare their SHA-256"
     )

@@ -267,8 +267,11 @@ def parser() -> arguments.Parser:
     p = arguments.Parser(prog="python -m data.tokenize", description="Tokenise text into shards.")
     p.add_argument("files", nargs="+", metavar="FILE",
                    help="text, JSON lines, a JSON array or parquet; gz, zst, xz, bz2 too")
-    p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--tokenizer", choices=list(FILES), default="gpt2")
+    p.add_argument("--out", required=True, metavar="DIR",
+                   help="folder of the shards, a new or empty one; then train with --data DIR")
+    p.add_argument("--tokenizer", choices=list(FILES), default="gpt2",
+                   help="gpt2 (default): as FineWeb's shards, for the scales full and small; sample: the "
+                   "embedded corpus's small vocabulary, for tiny, mini and micro")
     p.add_argument("--name", default="text", help="prefix of the shard files (default text)")
     p.add_argument("--format", choices=FORMATS, default="auto",
                    help="of the files (default: found in their content)")

@@ -54,8 +54,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="[GITREF:]RECORD [changes] in quotes, or script:PATH [arguments]; "
         "the first one is what the others are compared with"
     )
-    p.add_argument("--runs", type=numbers.runs, metavar="N", help="counted runs of each arm (at least 2)")
-    p.add_argument("--scale", choices=list(SCALES), help="of every arm that is a record")
+    p.add_argument("--runs", type=numbers.runs, metavar="N",
+                   help="counted runs of each arm, at least 2 (to be given)")
+    p.add_argument("--scale", choices=list(SCALES),
+                   help="of every arm that is a record (default: full, or that of a preset)")
     p.add_argument(
         "--pairing", choices=("seed", "none"),
         help="seed: the arms share seeds, and so all weights that both "

@@ -41,7 +41,7 @@ from settings import deltas, schema
 VERSION = 1
 DONE, INVALID, INTERRUPTED = 0, 1, 130
 LIMITS = untrusted.Limits(entries=2_000, depth=8, file=16 * 2 ** 20, total=64 * 2 ** 20)  # of a candidate
-MEMORY_MIB = {"micro": 4096, "tiny": 8192, "small": 65_536, "full": 131_072}
+MEMORY_MIB = {"micro": 4096, "mini": 8192, "tiny": 8192, "small": 65_536, "full": 131_072}
 MARGIN = 0.002  # nats by which a loss may be worse where time is measured and the scale has no target
 SLOWEST = 3.0  # times the parent's wall time that a run may take, and a minute
 WATCH_S = 0.02  # how often the log is looked at from outside

@@ -58,9 +58,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "short, or what record.toml says); REF: git ref to run it from"
     )
     p.add_argument("--claim", choices=("ml", "systems"),
-                   help="ml: reaches the target faster; systems: computes the same faster")
-    p.add_argument("--scale", choices=list(SCALES), help="size of the runs")
-    p.add_argument("--runs", type=numbers.runs, metavar="N", help="runs of each arm, all of which count")
+                   help="to be given. ml: reaches the target faster; systems: computes the same faster")
+    p.add_argument("--scale", choices=list(SCALES), help="size of the runs (to be given)")
+    p.add_argument("--runs", type=numbers.runs, metavar="N",
+                   help="runs of each arm, all of which count (--runs or --looks is to be given)")
     p.add_argument("--looks", type=numbers.rising, metavar="N,M",
                    help="instead of --runs: test after N, M, ... runs of each arm; they share alpha")
     p.add_argument(

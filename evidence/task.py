@@ -25,7 +25,7 @@ from settings.scales import SCALES
 VERSION = 1
 HINTS = ("none", "formula", "text", "near")
 MEASURES = ("loss", "time")
-SEEDS = {"full": 10, "small": 3, "tiny": 3, "micro": 2}
+SEEDS = {"full": 10, "small": 3, "tiny": 3, "mini": 3, "micro": 2}
 FAIR_SEEDS = 2  # an interval needs two
 CANDIDATE = "attempts/candidate"  # what the referee trains
 RECORD_TOML = f"{CANDIDATE}/record.toml"
@@ -72,7 +72,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
                    "for a systems record, otherwise loss)")
     p.add_argument("--seeds", type=numbers.integer(FAIR_SEEDS, 100), metavar="N",
                    help="runs of each arm, on seeds that the referee draws (default 10 at full scale, 3 at "
-                   "small and tiny, 2 at micro)")
+                   "small, tiny and mini, 2 at micro)")
     p.add_argument("--steps", type=numbers.integer(1, 10**6), metavar="N",
                    help="a budget of so many steps instead of that of the scale, to try a harness out")
     p.add_argument("--data", metavar="DIR",
@@ -226,7 +226,7 @@ def hints(about: dict) -> str:
     for ref in about["transitions"]:
         record = deltas.find_record(ref)
         paths = [path for path in record.delta if path != "schedule.steps"]
-        lines = [sentence(path) for path in paths]
+        lines = list(dict.fromkeys(map(sentence, paths)))  # learning rates of several groups are one sentence
         if level >= 2:
             lines = [record.title + ".", " ".join(record.notes.split()), *lines]
         if level >= 3:

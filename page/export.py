@@ -20,7 +20,8 @@ def arguments(p: Parser) -> None:
     """Options of `records export`."""
     p.add_argument("sources", nargs="+", metavar="SOURCE",
                    help="a checkpoint (safetensors), or run folders (csv)")
-    p.add_argument("--to", required=True, choices=("safetensors", "csv"))
+    p.add_argument("--to", required=True, choices=("safetensors", "csv"),
+                   help="safetensors of a checkpoint, or the curves of runs as csv")
     p.add_argument("--out", metavar="FILE", help="file to write, - for stdout (csv); default: "
                    "checkpoint.safetensors next to the checkpoint, curve.csv in the first run folder")
     p.add_argument("--overwrite", action="store_true", help="replace the file if it exists")

@@ -284,18 +284,28 @@ MODULES = {
 }
 
 
+LEGEND = (  # of the words of `records list` and `records show`
+    "minutes, loss: as published. tiny: loss of the runs at that scale here. badge: spec, written from the "
+    "record's description; math, equal to the original in float64; numerics, GPU precision checked; trained, "
+    "trained at full scale. kind: ml (another computation), systems (the same one, faster), both, retiming "
+    "(timed again), baseline. At a scale a line of a delta is active, inert (it changes nothing there) or "
+    "distorted (it has another value there)."
+)
+
+
 def parser(command: str | None = None) -> arguments.Parser:
     """The parser of all commands; only the module of `command` is imported."""
     p = arguments.Parser(prog="python -m records", description="The records of the speedrun.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name, run, help):
-        c = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    def add(name, run, help, epilog=None):
+        c = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog)
         c.set_defaults(run=run)
         return c
 
-    add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
-    c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
+    add("list", list_records, "one line per record: what, when, who, published minutes, evidence", LEGEND)
+    c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there",
+            LEGEND)
     c.add_argument("record", help="a record or a preset (tiny-v3)")
     c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c.add_argument("--params", action="store_true", help="count parameters and FLOPs (imports torch)")

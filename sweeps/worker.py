@@ -77,8 +77,8 @@ def slots(plan: dict, workers: int | None = None, gpus: str | None = None) -> li
         return [{"CUDA_VISIBLE_DEVICES": g} for g in found[:workers]]
     if plan["scale"] in ("full", "small") and s.system.device != "cpu":
         raise UserError(
-            f"no GPU here, and scale {plan['scale']} needs one: choose --scale tiny or micro, use --launcher "
-            "slurm, or insist with --set system.device=cpu")
+            f"no GPU here, and scale {plan['scale']} needs one: choose --scale tiny, mini or micro, "
+            "use --launcher slurm, or insist with --set system.device=cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = max(

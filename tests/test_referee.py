@@ -16,6 +16,7 @@ from common.errors import UserError
 from evidence import referee, task
 from records.__main__ import main
 from settings import deltas
+from settings.scales import SCALES
 
 ROOT = Path(__file__).parent.parent
 GOAL = deltas.load_records()["short/11"].delta
@@ -111,6 +112,18 @@ def test_every_record_but_the_heads_starts_a_task():
         else:
             with pytest.raises(UserError, match="is the head of its lineage"):
                 task.declare(task_options(record=ref, scale="micro"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_task_has_seeds_and_memory_at_every_scale(scale):
+    assert task.declare(task_options(scale=scale))["seeds"] >= task.FAIR_SEEDS
+    assert referee.MEMORY_MIB[scale] >= 4096
+
+
+def test_no_hint_is_given_twice():
+    text = task.page(task.declare(task_options(record="short/10", hints="text"))).partition("## Hints")[2]
+    given = [line for line in text.splitlines() if line]
+    assert len(given) == len(set(given)) and any("peak learning rate" in line for line in given)
 
 
 def test_bad_input_is_one_line(place, tmp_path, capsys):

@@ -28,6 +28,7 @@ from optim import Optimizer
 from report import Report, stop_in_order
 from runlog import RunLog
 from settings import deltas, schema
+from settings.scales import SCALES
 from system.checkpoint import Checkpoints
 from system.guards import Guards
 from system.hooks import hooks_of
@@ -131,7 +132,8 @@ def main() -> None:
     """Measure and print a line for each record."""
     p = arguments.Parser(prog="bench/checkpoint.py", description=__doc__.splitlines()[0])
     p.add_argument("--records", nargs="+", default=list(RECORDS), metavar="RECORD")
-    p.add_argument("--scale", choices=["full", "small", "tiny", "micro"], default="tiny")
+    p.add_argument("--scale", choices=list(SCALES), default="tiny",
+                   help="size of the records (default tiny)")
     p.add_argument("--data", metavar="DIR", help="folder of shards, for the scales full and small")
     p.add_argument("--every", type=arguments.integer(1), default=100, metavar="N")
     p.add_argument("--repeats", type=arguments.integer(1, 1000), default=5)

@@ -27,7 +27,6 @@ Welch's test has 67 % there, with more controls, holds for five arms of normal n
 elsewhere.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -37,7 +36,7 @@ import measure  # first: it finds the repository
 import numpy as np
 from scipy import integrate, optimize, special, stats
 
-from common import files
+from common import arguments, files
 from evidence import statistics
 
 ROOT = Path(__file__).parent.parent
@@ -285,9 +284,11 @@ def markdown(found: dict) -> str:
 
 def main() -> None:
     """Simulate and write both files."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--simulations", type=int, default=4000, metavar="S")
-    p.add_argument("--out", default=str(ROOT / "bench/results/intervals"), metavar="NAME")
+    p = arguments.Parser(prog="bench/intervals.py", description=__doc__.splitlines()[0])
+    p.add_argument("--simulations", type=arguments.integer(1), default=4000, metavar="S",
+                   help="simulated sweeps a cell (default 4000)")
+    p.add_argument("--out", default=str(ROOT / "bench/results/intervals"), metavar="NAME",
+                   help="writes NAME.json and NAME.md (default bench/results/intervals)")
     options = p.parse_args()
     found = {"simulations": options.simulations, "spent": statistics.SPENT, "alpha": ALPHA,
              "code": measure.about()["code"], "errors": error_rows(options.simulations),

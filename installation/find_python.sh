@@ -3,7 +3,10 @@
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ -n "${SPEEDRUN_PYTHON:-}" ]; then
     PYTHON=$SPEEDRUN_PYTHON
-    if ! "$PYTHON" -c '' 2>/dev/null; then echo "error: SPEEDRUN_PYTHON=$PYTHON cannot be started" >&2; exit 2; fi
+    if [ "$("$PYTHON" -c 'print(6 * 7)' 2>/dev/null)" != 42 ]; then
+        echo "error: SPEEDRUN_PYTHON=$PYTHON is no Python that can be started: name one, or unset it" >&2
+        exit 2
+    fi
 elif [ -e "$here/.venv/installed" ] && "$here/.venv/bin/python" -I -c '' 2>/dev/null; then
     PYTHON=$here/.venv/bin/python
 else

@@ -39,7 +39,8 @@ def read_rules(path: str | Path | None) -> tuple[list[float], list[Rule]]:
         factors = [float(x) for x in found["factors"]]
         baseline = next(rule for rule in rules if rule.name == found["baseline"])
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"--rules {path}: {error.strerror or error}; name a table like "
+                        "sweeps/optimizers.toml") from None
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
             f"{path}: not a table of rules ({type(error).__name__}: {error}): give factors, baseline (a "

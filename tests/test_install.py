@@ -395,6 +395,15 @@ def test_a_machine_without_a_fitting_python_is_one_line(python, message, checkou
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("python", ["/no/such/python", "true", "cat"])
+def test_a_speedrun_python_that_is_none_is_one_line(python, checkout):
+    done = subprocess.run([checkout / "run.sh", "--dry-run"], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, env={**os.environ, "SPEEDRUN_PYTHON": python})
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"error: SPEEDRUN_PYTHON={python} is no Python that can be started: name one, or unset it\n"
+    assert done.stderr == said
+
+
 # ----- run.sh's arguments -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("typed, gpus, made", [

@@ -180,8 +180,8 @@ def why_screening(plan: dict, asked: bool | None, groups: dict[str, list[str]]) 
         return "none, as asked"
     if not groups:
         return "none: no section has two of these features"
-    return (f"none: {len(groups)} group runs a seed could save at most {total} feature runs, which pays from "
-            f"{SCREEN_FROM} features a group (--screen insists)")
+    return (f"none: to switch off whole sections first pays from {SCREEN_FROM} features a section, and here "
+            f"{total} features are in {len(groups)} (--screen does it all the same)")
 
 
 # ----- axis -------------------------------------------------------------------------------------------------

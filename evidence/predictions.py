@@ -235,9 +235,9 @@ def agreement(x: dict) -> str:
 
 
 def correlation(r: dict) -> str:
-    """A rank correlation in words: "+0.49 over 64 rows [+0.26, +0.66]"."""
+    """A rank correlation in words: "+0.49 over 64 rows, [+0.26, +0.66]"."""
     if r["rho"] is None:
-        return f"{r['n']} rows are too few"
+        return f"too few rows ({r['n']})"
     bounds = "no interval" if r["low"] is None else f"[{r['low']:+.2f}, {r['high']:+.2f}]"
     return f"{r['rho']:+.2f} over {r['n']} rows, {bounds}"
 

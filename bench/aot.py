@@ -261,7 +261,8 @@ def main() -> None:
     p = arguments.Parser(prog="bench/aot.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("records", nargs="*", default=RECORDS, metavar="RECORD",
                    help='"short/33", or "short/33 numerics.fp8_mlp" with features turned on')
-    p.add_argument("--arch", nargs="+", type=int, choices=SHARED, default=list(SHARED))
+    p.add_argument("--arch", nargs="+", type=int, choices=SHARED, default=list(SHARED),
+                   help="compute capabilities, times ten (default: all)")
     p.add_argument("--out", metavar="JSON", help="default: bench/results/aot/triton-VERSION.json")
     o = p.parse_args()
     out = o.out or ROOT / f"bench/results/aot/triton-{triton.__version__}.json"

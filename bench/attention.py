@@ -44,7 +44,8 @@ def one(
 def main() -> None:
     """Time every backend on rows of each length and print one table."""
     p = arguments.Parser(prog="bench/attention.py", description=__doc__.partition("\n\n")[0])
-    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5,
+                   help="timings of each (default 5)")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)

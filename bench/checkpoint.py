@@ -131,12 +131,15 @@ def measured(ref: str, scale: str, data: str | None, every: int, repeats: int) -
 def main() -> None:
     """Measure and print a line for each record."""
     p = arguments.Parser(prog="bench/checkpoint.py", description=__doc__.splitlines()[0])
-    p.add_argument("--records", nargs="+", default=list(RECORDS), metavar="RECORD")
+    p.add_argument("--records", nargs="+", default=list(RECORDS), metavar="RECORD",
+                   help=f"default: {' '.join(RECORDS)}")
     p.add_argument("--scale", choices=list(SCALES), default="tiny",
                    help="size of the records (default tiny)")
     p.add_argument("--data", metavar="DIR", help="folder of shards, for the scales full and small")
-    p.add_argument("--every", type=arguments.integer(1), default=100, metavar="N")
-    p.add_argument("--repeats", type=arguments.integer(1, 1000), default=5)
+    p.add_argument("--every", type=arguments.integer(1), default=100, metavar="N",
+                   help="steps between checkpoints, for their share of a run (default 100)")
+    p.add_argument("--repeats", type=arguments.integer(1, 1000), default=5,
+                   help="timings of each (default 5)")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     stop_in_order()

@@ -129,12 +129,14 @@ def layer_parts(case: Case, repeats: int) -> dict[str, float]:
 def main() -> None:
     """Time each variant against its parent and exit with the report's code."""
     p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
-    p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
-    p.add_argument("--scale", default="tiny")
+    p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD",
+                   help="variants with experts (default: all of the table)")
+    p.add_argument("--scale", default="tiny", help="size of the records (default tiny)")
     p.add_argument(
         "--data", metavar="DIR", help="folder of shards (default: the embedded corpus, or random tokens)"
     )
-    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5,
+                   help="timings of each (default 5)")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)

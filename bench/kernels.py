@@ -417,7 +417,8 @@ def brief(rows: list[dict]) -> list[dict]:
 def main() -> None:
     """Time the selected groups of operations; without a GPU only `--rehearse` runs anything."""
     p = arguments.Parser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20)
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20,
+                   help="timings of each (default 20)")
     p.add_argument("--rehearse", action="store_true", help="run each way once and time nothing")
     report.add_arguments(p, GROUPS)
     o = p.parse_args()

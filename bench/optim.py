@@ -145,9 +145,12 @@ def measured(case: tuple[Callable, int, int], repeats: int) -> dict:
 def main() -> None:
     """Measure all rules and print a line for each."""
     p = arguments.Parser(prog="bench/optim.py", description=__doc__.splitlines()[0])
-    p.add_argument("--layers", type=arguments.integer(1, 1000), default=1)
-    p.add_argument("--table-rows", type=arguments.integer(1, 10 ** 7), default=50304)
-    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
+    p.add_argument("--layers", type=arguments.integer(1, 1000), default=1,
+                   help="layers whose matrices are stepped (default 1)")
+    p.add_argument("--table-rows", type=arguments.integer(1, 10 ** 7), default=50304,
+                   help="rows of the token table (default 50304)")
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5,
+                   help="timings of each (default 5)")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)

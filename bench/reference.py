@@ -117,7 +117,8 @@ def main() -> None:
     """The program: trains twice on the CPU and writes the table."""
     p = arguments.Parser(prog="bench/reference.py", description=__doc__.partition("\n\n")[0],
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", metavar="JSON", default=str(PATH))
+    p.add_argument("--out", metavar="JSON", default=str(PATH),
+                   help=f"where the table goes (default {PATH.relative_to(ROOT)})")
     o = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = shards(Path(scratch) / "shards")

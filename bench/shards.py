@@ -48,8 +48,9 @@ def prepare(folder: str | Path, data: str | Path | None) -> Path:
 def main() -> None:
     """Prepare the folder of shards and print what it holds."""
     p = arguments.Parser(prog="bench/shards.py", description=__doc__.partition("\n\n")[0])
-    p.add_argument("folder", metavar="FOLDER")
-    p.add_argument("data", metavar="DATA", nargs="?")
+    p.add_argument("folder", metavar="FOLDER", help="where unpacked or random shards go")
+    p.add_argument("data", metavar="DATA", nargs="?",
+                   help="folder of shards, packed or not (default: random tokens)")
     o = p.parse_args()
     try:
         print(prepare(o.folder, o.data))

@@ -166,10 +166,13 @@ def add_arguments(
     p: ArgumentParser, steps: int, records: tuple[str, ...] = LANDMARKS, scale: str = "full"
 ) -> None:
     """What the benches of trainings share."""
-    p.add_argument("records", nargs="*", default=records, metavar="RECORD")
-    p.add_argument("--scale", default=scale)
-    p.add_argument("--steps", type=arguments.integer(0, 10 ** 6), default=steps)
-    p.add_argument("--nproc", type=arguments.integer(1, 8), default=1)
+    p.add_argument("records", nargs="*", default=records, metavar="RECORD",
+                   help=f"default: {' '.join(records)}")
+    p.add_argument("--scale", default=scale, help=f"size of the records (default {scale})")
+    p.add_argument("--steps", type=arguments.integer(0, 10 ** 6), default=steps,
+                   help=f"steps of each training (default {steps})")
+    p.add_argument("--nproc", type=arguments.integer(1, 8), default=1,
+                   help="processes of a training (default 1)")
     p.add_argument("--data", metavar="DIR", help="shards to read (default: random tokens)")
     p.add_argument("--caches", metavar="DIR",
                    help="folder of compiled code, kept (default: empty, and removed at the end)")

@@ -196,8 +196,10 @@ def show(row: dict) -> str:
 def main() -> None:
     """Try the tiles of the selected operations and keep the fastest; without a GPU only list them."""
     p = arguments.Parser(prog="bench/tune.py", description=__doc__.splitlines()[0])
-    p.add_argument("--records", nargs="+", default=["short/11", "short/33"], metavar="RECORD")
-    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=10)
+    p.add_argument("--records", nargs="+", default=["short/11", "short/33"], metavar="RECORD",
+                   help="whose shapes are tuned (default: short/11 short/33)")
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=10,
+                   help="timings of each tile (default 10)")
     p.add_argument("--limit", type=arguments.number(0, above=True), default=float("inf"), metavar="SECONDS",
                    help="for each shape (default: all tiles)")
     report.add_arguments(p, OPERATIONS)

@@ -249,7 +249,7 @@ def main() -> int:
 def bench() -> int:
     """Measure every case and write the table; returns the exit code. UserError for wrong arguments."""
     p = arguments.Parser(prog="bench/versus.py", description=__doc__.splitlines()[0])
-    p.add_argument("path", type=Path, nargs="?", metavar="PATH_TO_NANOGPT")
+    p.add_argument("path", type=Path, nargs="?", metavar="PATH_TO_NANOGPT", help="a checkout of nanoGPT")
     p.add_argument("--rounds", type=int, default=9, help="alternations of a case, at least 2")
     p.add_argument("--threads", type=int, default=1,
                    help="threads of each side (1: CPU time has no part in which threads wait for each other)")

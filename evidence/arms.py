@@ -95,7 +95,7 @@ def changes(text: str, words: list[str]) -> list[str]:
     --set and --revert with a value each."""
     p = Refusing(add_help=False, allow_abbrev=False)
     for flag in CHANGES:
-        p.add_argument(flag, action="append", default=[])
+        p.add_argument(flag, action="append", default=[], help=argparse.SUPPRESS)
     try:
         unknown = p.parse_known_args(words)[1]
     except UserError as error:

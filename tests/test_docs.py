@@ -1,7 +1,6 @@
 """Laws of README.md and docs/: commands are ones that the parsers take, links and settings exist, generated
 parts are where they belong."""
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -218,17 +217,3 @@ def test_the_readme_is_short_and_names_every_room():
     rooms = [folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists()]
     for page in (text, (ROOT / "docs/architecture.md").read_text()):
         assert rooms and [room for room in rooms if f"`{room}/`" not in page] == []
-
-
-def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parser, or those of its commands."""
-    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return [leaf for group in groups for p in group.choices.values() for leaf in leaves(p)] or [parser]
-
-
-def test_help_explains_every_argument_of_every_command():
-    parsers = [make() for make in (*PROGRAMS.values(), command_line.parser)]
-    parsers += [records_command.parser(name) for name in (None, *records_command.MODULES)]
-    silent = {f"{p.prog} {'/'.join(a.option_strings) or a.dest}"
-              for whole in parsers for p in leaves(whole) for a in p._actions if not a.help}
-    assert not silent

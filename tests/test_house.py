@@ -240,9 +240,16 @@ def old_words(file: str) -> int:
     return sum(bool(re.search(r"\b(shall|beside)\b", line)) for line in text(file).splitlines())
 
 
+def unexplained(file: str) -> int:
+    """Arguments of a command that its --help does not explain."""
+    return sum(isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+               and "help" not in [keyword.arg for keyword in node.keywords] for node in ast.walk(tree(file)))
+
+
 LIMITS = {
     rule.__name__: rule
-    for rule in (long_file, long_functions, wide_lines, undocumented, untyped, packed_lines, old_words)
+    for rule in (long_file, long_functions, wide_lines, undocumented, untyped, packed_lines, unexplained,
+                 old_words)
 }
 
 

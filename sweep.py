@@ -45,8 +45,8 @@ def print_plan(plan: dict, options: argparse.Namespace, root: Path, slots: list[
     """What will be run, what it can show, how long it takes and what it costs."""
     print(
         f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
-        f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an "
-        f"arm, {plan['controls']} runs of the control "
+        f"{lines.plural(len(pairs_of(plan)), 'comparison')}, {lines.plural(plan['seeds'], 'seed')} an "
+        f"arm, {lines.plural(plan['controls'], 'run')} of the control "
         f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}"
     )
     if plan["kind"] == "ablate":

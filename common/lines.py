@@ -56,6 +56,11 @@ def clipped(text: str, columns: int) -> str:
     return text.rstrip() + end
 
 
+def plural(n: int, word: str) -> str:
+    """"1 run", "2 runs"."""
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """The lines of a table: its columns flush left, two spaces apart and from the left edge."""
     widths = [max(map(columns_of, column)) for column in zip(*rows)]

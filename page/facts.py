@@ -383,11 +383,6 @@ def duration(minutes: float | None) -> str:
     return f"{minutes:g} min" if minutes >= 1 else f"{60 * minutes:.3g} s"
 
 
-def plural(n: int, word: str) -> str:
-    """"1 run", "2 runs"."""
-    return f"{n} {word}{'' if n == 1 else 's'}"
-
-
 # ----- measured worth ---------------------------------------------------------------------------------------
 
 def measure(sweep: dict, row: dict, sign: int) -> dict[str, Any]:

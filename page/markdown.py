@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from common.lines import plural
 from page import facts
 from settings import deltas, schema
 from settings.scales import SCALES
@@ -51,7 +52,7 @@ def index(site: dict) -> str:
     absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
     if absent:
         lines.append(
-            f"\n{facts.plural(len(absent), 'published record')} with no delta here yet: in "
+            f"\n{plural(len(absent), 'published record')} with no delta here yet: in "
             "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
             "[LINEAGE.md](../LINEAGE.md)."
         )
@@ -282,7 +283,7 @@ def published_text(published: dict) -> str:
     if "val_loss" in published:
         out.append(
             f"loss {published['val_loss']:g}"
-            + (f" ({facts.plural(published['runs'], 'run')})" if "runs" in published else "")
+            + (f" ({plural(published['runs'], 'run')})" if "runs" in published else "")
         )
     if "timing" in published:
         out.append(f"timing: {published['timing']}")

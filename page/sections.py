@@ -10,6 +10,7 @@ from typing import Any
 import schedule
 from common import files
 from common.errors import UserError
+from common.lines import plural
 from page import facts
 from page.tags import NOTHING, chip, folded, interval, missing, number, table
 from page.worth import CAUTION, evidence, sweep_line, worth
@@ -58,9 +59,9 @@ def summary(site: dict) -> str:
             f"published records {first['id']} to {last['id']}, {first['date'][:4]} to {last['date'][:4]}",
         ),
         (len(site["records"]) - own - claims, "records here as deltas that run, "
-                                              f"{facts.plural(own, 'variant')} and {claims} claimed results"),
+                                              f"{plural(own, 'variant')} and {claims} claimed results"),
         (len(full), "records rerun here at full scale"),
-        (sweeps, f"runs in {facts.plural(len(site['sweeps']), 'committed sweep')}"),
+        (sweeps, f"runs in {plural(len(site['sweeps']), 'committed sweep')}"),
     ]
     items = "".join(f"<li><b>{value}</b> <span>{escape(what)}</span></li>" for value, what in figures)
     about = [r for runs in site["runs"].values() for r in runs] + site["sweeps"]
@@ -309,7 +310,7 @@ def prediction_tables(site: dict) -> str:
         rows = [[escape(c) for c in predictions.cells(r)] for r in found["rows"]]
         if rows:
             overviews.append([escape(c) for c in predictions.overview(found)])
-            out += folded(f"{escape(found['name'])}: {facts.plural(len(rows), 'row')}",
+            out += folded(f"{escape(found['name'])}: {plural(len(rows), 'row')}",
                           table(predictions.HEAD, rows, f"Predictions of {found['name']}"))
     if not out:
         return ""
@@ -323,7 +324,7 @@ def correlation_text(found: dict) -> str:
     """One sentence on a rank correlation and its interval."""
     n = len(found["points"])
     if found["rho"] is None:
-        return f"{facts.plural(n, 'point')}: too few for a rank correlation."
+        return f"{plural(n, 'point')}: too few for a rank correlation."
     rho = f"rho {number(found['rho'], 2, True)}"
     if found["low"] is None:
         return f"{rho} over {n} points, too few for an interval: it shows nothing."

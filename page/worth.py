@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from common.lines import plural
 from page import facts
 from page.tags import NOTHING, chip, folded, framed, interval, missing, number, table
 
@@ -54,7 +55,7 @@ def panel(site: dict, scale: str) -> str:
     rest = [r for r in rows if not (r["added"] or r["today"])]
     out = sources(site, scale) + worth_table(site, [r for r in rows if r not in rest], scale)
     if rest:
-        out += folded(f"{facts.plural(len(rest), 'technique')} with a published worth only",
+        out += folded(f"{plural(len(rest), 'technique')} with a published worth only",
                       worth_table(site, rest, None))
     return out
 
@@ -84,7 +85,7 @@ def sweep_line(sweep: dict) -> str:
     mde = f", detects {number(sweep['mde'])} with 80 % power" if sweep.get("mde") else ""
     paired = ", paired by seed" if sweep.get("paired") else ""
     part = "" if sweep.get("complete", True) else "; incomplete: its intervals are interim"
-    text = (f"{what}{common}, control {facts.plural(sweep['control']['n'], 'run')}, "
+    text = (f"{what}{common}, control {plural(sweep['control']['n'], 'run')}, "
             f"{sweep['method'].capitalize()} at {100 * sweep['confidence']:g} %{paired}{mde}; "
             f"{facts.hardware(sweep)}{part}")
     return f'<a href="../{escape(sweep["file"])}">{escape(sweep["name"])}</a>: {escape(text)}'
@@ -276,10 +277,10 @@ def sweep_details(s: dict) -> str:
              f"sd within arms {number(s['pooled_sd'], 5)}" if s.get("pooled_sd") else "",
              f"torch {s['torch']}" if s.get("torch") else "",
              f"code {', '.join(c[:12] + c[40:] for c in s['code'])}" if s.get("code") else "",
-             facts.plural(s["failed"], "failed run") if s.get("failed") else ""]
+             plural(s["failed"], "failed run") if s.get("failed") else ""]
     skipped = "".join(f"<li><code>{escape(x['feature'])}</code>: {escape(x['reason'])}</li>"
                       for x in s.get("skipped", []))
     skipped = f"<p>Not switched off:</p><ul>{skipped}</ul>" if skipped else ""
-    return folded(f"{escape(s['name'])}: {facts.plural(len(rows), 'arm')} at {escape(s['scale'])}",
+    return folded(f"{escape(s['name'])}: {plural(len(rows), 'arm')} at {escape(s['scale'])}",
                   f"<p>{sweep_line(s)}; {escape('; '.join(a for a in about if a))}.</p>"
                   + table(columns, rows, f"Sweep {s['name']}") + skipped)

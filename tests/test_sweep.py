@@ -131,7 +131,7 @@ def test_groups_are_the_sections_and_a_lonely_feature_joins_the_section_above():
 
 def test_few_features_are_not_screened_and_the_plan_says_why():
     plan = planned("ablate", "short/11")
-    assert not plan["groups"] and "pays from 4 features a group" in plan["screening"]
+    assert not plan["groups"] and "pays from 4 features a section" in plan["screening"]
     assert planned("ablate", "short/11", "--screen")["groups"]
     assert planned("ablate", "short/11", "--features", "model.attn")["groups"] == ["model.attn"]
     assert not planned("ablate", "short/11", "--features", "model.attn", "--no-screen")["groups"]

@@ -243,17 +243,18 @@ def clock(spec: dict) -> dict:
     import train_gpt
     from data.stream import Stream
     from system.run import Clock
-    generator = random.Random(spec["draw"])
 
-    def seconds(powers):
+    def seconds(name, powers):
+        # each has its own generator: a thread that reads ahead would shift the draws of the others
+        generator = random.Random(f"{name} {spec['draw']}")
         return lambda: 10 ** generator.uniform(*powers)
 
     def note(name, cost):
         events.append([name, cost])
 
-    ours.before(Stream, "next", note, seconds(BATCH_POWERS))
-    ours.before(train_gpt, "train_step", note, seconds(STEP_POWERS))
-    ours.before(train_gpt, "validate", note, seconds(VALIDATION_POWERS))
+    ours.before(Stream, "next", note, seconds("next", BATCH_POWERS))
+    ours.before(train_gpt, "train_step", note, seconds("train_step", STEP_POWERS))
+    ours.before(train_gpt, "validate", note, seconds("validate", VALIDATION_POWERS))
     ours.before(Clock, "start", note)
     return {"exit": exit_code(train_gpt.main, *command_line(spec["argv"])), "events": events}
 

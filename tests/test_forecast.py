@@ -114,7 +114,8 @@ def test_a_real_trial_of_a_preset_gives_seconds(tmp_path):
     out = subprocess.run(
         [
             sys.executable, "sweep.py", "axis", "tiny-v3", "optim.muon.lr=0.02", "--seeds", "1", "--set",
-            "validation.tokens=4096", "--runs", str(tmp_path), "--dry-run"
+            "validation.tokens=4096", "--set", "data.tokens_per_rank=128", "--runs", str(tmp_path),
+            "--dry-run"
         ],
         cwd=ROOT,
         capture_output=True,

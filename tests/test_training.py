@@ -87,7 +87,7 @@ def train_here(out, *args):
     "ref", each_record([ref for ref in RECORDS if ref not in LATER + MEDIUM + OPTIMIZER])
 )
 def test_every_record_trains_three_steps(ref, tmp_path):
-    code, summary = train_here(tmp_path, *short(ref))
+    code, summary = train_here(tmp_path, *short(ref), "--set", "system.warmup_steps=1")
     assert code == 0 and summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
     events = read_chain(next(tmp_path.glob("*/run.jsonl")))
     routed = ["experts"] if events[0]["settings"]["model"]["mlp"]["moe"] else []
@@ -307,6 +307,7 @@ def test_a_training_on_triton_kernels_equals_one_on_torch(tmp_path):
     ]
     for x in (
         "schedule.steps=2", "validation.seq_len=64", "validation.tokens=512", "system.warmup_steps=0",
+        "data.seq_len=64", "data.tokens_per_rank=64",
         "model.num_layers=2", "model.attn.drop_layers=[]", "model.attn.window.long_layers=[1]"
     ):
         small += ["--set", x]

@@ -339,6 +339,7 @@ def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str
         if path in {w.partition("=")[0] for w in without}:
             raise UserError(f"{path} is both in --without and --set: keep one of the two")
         before, s = s, assign(s, path, value, "--set")
+        lines += reset_line(before, s, path, value)
         if lookup(s, path) != lookup(before, path):
             moved.append(path)
     for path in moved:
@@ -356,6 +357,17 @@ def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str
         raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: "
                         f"{error}; revert the later record that needs it as well, or switch the setting off "
                         "with --without") from None
+
+
+def reset_line(before: Settings, s: Settings, path: str, value: Any) -> list[str]:
+    """A line on what --set of a whole part that was on made a default, because the given table lacks it."""
+    old, new = lookup(before, path), lookup(s, path)
+    if not dataclasses.is_dataclass(old) or not isinstance(value, dict):
+        return []
+    lost = [name + ("" if dataclasses.is_dataclass(was) else f"={show(was)}")
+            for name, was in vars(old).items() if name not in value and was != getattr(new, name)]
+    return [f"--set {path} replaces the whole part, which loses {', '.join(lost)}: to keep them, set one "
+            f"value at a time, like {path}.{next(iter(value), 'NAME')}=..."] if lost else []
 
 
 def holds_with(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str]) -> bool:

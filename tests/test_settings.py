@@ -353,6 +353,14 @@ def test_what_a_scale_lifts_is_said_in_one_line():
         assert deltas.resolve("short/33", scale=scale).report == ()
 
 
+def test_a_whole_part_that_is_set_says_what_it_loses():
+    assert deltas.resolve("short/11", sets=["optim.muon={lr=0.1}"]).report == (
+        '--set optim.muon replaces the whole part, which loses momentum_warmup, scale="sqrt_ratio", '
+        "split_qkv=true: to keep them, set one value at a time, like optim.muon.lr=...",
+    )
+    assert deltas.resolve("short/11", sets=["optim.muon.lr=0.1"]).report == ()
+
+
 @pytest.mark.parametrize(
     "ref, change, lifted_to",
     [

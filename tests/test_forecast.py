@@ -159,7 +159,7 @@ def test_power_takes_the_sd_of_the_committed_sweeps_or_one_that_is_stated(capsys
     for args, message in (
         (["--sd", "0.0088", "--no-paired"], "an effect of 0.005 nats needs 56 seeds an arm"),
         (["--sd", "0.0088"], "an effect of 0.005 nats needs 29 seeds an arm"),
-        (["--scale", "micro", "--effect", "0.02"], "chain_1-11_micro.json")
+        (["--scale", "micro", "--effect", "0.02"], "chain_1-33_micro.json")
     ):
         with pytest.raises(SystemExit) as stopped:
             sweep.main(["power", *args])

@@ -130,7 +130,7 @@ def main() -> None:
     """Time each variant against its parent and exit with the report's code."""
     p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD",
-                   help="variants with experts (default: all of the table)")
+                   help="variants (default: all)")
     p.add_argument("--scale", default="tiny", help="size of the records (default tiny)")
     p.add_argument(
         "--data", metavar="DIR", help="folder of shards (default: the embedded corpus, or random tokens)"
